@@ -1,0 +1,16 @@
+"""The base of every configuration section: frozen, no unknown keys, numbers are finite numbers.
+
+A section lives beside what it configures; `tunesmith.config` puts them together and words the errors.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A frozen group of settings; building one with an unknown or ill-typed value raises."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=True
+    )
