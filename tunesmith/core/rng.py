@@ -1,6 +1,7 @@
 """Randomness as a pure function of (seed, stream, indices): nothing depends on what was drawn before.
 
-Streams have names (`init`, `data`, `dropout`, `sampling`, `evaluation`), so that drawing from one never moves another.
+Streams have names (`init`, `data`, `dropout`, `sampling`, `evaluation`), so that drawing from one never
+moves another.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The two values that cross every layer: a batch without padding, and a sum with its weight.
 
-Objectives see a `Batch` and answer with a `Mean`; the trainer divides once, over everything that makes a step.
+Objectives see a `Batch` and answer with a `Mean`; the trainer divides once, over all
+that makes a step.
 """
 
 from __future__ import annotations
