@@ -1,0 +1,93 @@
+"""The rows that every format is converted to: a dialogue, a running text, a labelled text.
+
+A row is plain text with roles and knows where it came from; it holds no token and no template. `formats`
+makes rows out of what files hold, `templates` and `codec` turn them into tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn.
+
+    Attributes:
+        role: one of `ROLES`.
+        content: the text of the turn; for a function call the call as compact JSON.
+        supervised: whether the model learns to write this turn; only assistant turns can be.
+        context: what an instruction comes with (alpaca's `input`, dolly's `context`); a template without a
+            place of its own for it renders `text`.
+    """
+
+    role: str
+    content: str
+    supervised: bool = False
+    context: str = ""
+
+    @property
+    def text(self) -> str:
+        """The instruction and, below an empty line, its context."""
+        return f"{self.content}\n\n{self.context}" if self.context else self.content
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """A conversation that ends with an assistant turn: the row of supervised tuning.
+
+    Attributes:
+        messages: at most one system message, first; then user, assistant and tool turns.
+        where: file and line, as in `train.jsonl:17`.
+        plain: made from a bare prompt and completion, so that it is rendered without a template unless the
+            user names one.
+        references: every acceptable last turn, where the data names several; empty means the last turn alone.
+    """
+
+    messages: tuple[Message, ...]
+    where: str = ""
+    plain: bool = False
+    references: tuple[str, ...] = ()
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """What comes before the last turn."""
+        return self.messages[:-1]
+
+    @property
+    def completion(self) -> str:
+        """The last turn."""
+        return self.messages[-1].content
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The acceptable last turns, at least one."""
+        return self.references or (self.completion,)
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Running text, all of it supervised."""
+
+    text: str
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A text, or a pair of texts, with its class (str or int) or its score (float)."""
+
+    text: str
+    label: str | int | float
+    text_pair: str | None = None
+    where: str = ""
+
+    def dialogue(self) -> Dialogue:
+        """The same row for a generating model: the text is the user's turn, the label is the answer."""
+        user = Message("user", self.text, context=self.text_pair or "")
+        return Dialogue((user, Message("assistant", str(self.label), supervised=True)), where=self.where)
+
+
+Row = Dialogue | Text | Labelled
