@@ -1,0 +1,196 @@
+"""A run as one frozen value: read from YAML with overrides, every problem shown together.
+
+The sections live beside what they configure; here they are put together, checked against each other and worded.
+Nothing in this file or below it imports torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError
+
+from tunesmith.adapt.method import Method
+from tunesmith.adapt.methods import METHODS
+from tunesmith.core.errors import ConfigError, Problems, did_you_mean
+from tunesmith.core.section import Section
+from tunesmith.core.yaml import read_yaml, read_yaml_text
+from tunesmith.data.section import DataSection
+from tunesmith.evaluate.section import EvaluateSection
+from tunesmith.objectives.objective import Objective
+from tunesmith.objectives.objectives import OBJECTIVES
+from tunesmith.parallel.layout import LayoutSection
+from tunesmith.train.section import PrecisionSection, TrainSection
+
+
+class Config(Section):
+    """Everything a run depends on.
+
+    Attributes:
+        model: bundled name, folder with a Hugging Face checkpoint, .gguf file, or hub id.
+        data: what it is fed.
+        method: which numbers may change.
+        objective: what is minimised.
+        train: how long, how fast, when to save.
+        precision: in what numbers.
+        layout: spread how.
+        evaluate: what is measured before, during and after.
+        log: where metrics go besides metrics.jsonl.
+        out: the run folder.
+    """
+
+    model: str = Field(min_length=1)
+    data: DataSection
+    method: SerializeAsAny[Method]
+    objective: SerializeAsAny[Objective]
+    train: TrainSection
+    precision: PrecisionSection = PrecisionSection()
+    layout: LayoutSection = LayoutSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    log: list[Literal["tensorboard"]] = ["tensorboard"]
+    out: str = Field(min_length=1)
+
+
+REGISTRIES = {"method": METHODS, "objective": OBJECTIVES}
+DEFAULTS: dict[str, Any] = {"method": "lora", "objective": "sft"}
+
+
+def load_config(path: Path | str, overrides: list[str] | None = None) -> Config:
+    """The configuration in a YAML file with `key.path=value` overrides. Raises ConfigError listing all problems."""
+    raw = read_yaml(path)
+    where = str(path)
+    if not isinstance(raw, dict):
+        raise ConfigError("a configuration is a mapping of keys, as `tunesmith init` writes it", where=where)
+    for override in overrides or []:
+        apply_override(raw, override)
+    return build_config(raw, where)
+
+
+def build_config(raw: dict[str, Any], where: str = "config") -> Config:
+    """The configuration in a plain dictionary. Raises ConfigError listing all problems."""
+    problems = Problems()
+    values: dict[str, Any] = {**DEFAULTS, **raw}
+    for name, registry in REGISTRIES.items():
+        values[name] = _of_kind(values[name], registry, f"{where}: {name}", problems)
+    for name in [name for name in REGISTRIES if values[name] is None]:
+        # a placeholder of the right kind, so that the other sections are still checked
+        values[name] = registry_default(name)
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        for problem in worded(error, Config, where):
+            problems.add(problem)
+    problems.raise_if_any()
+    for problem in contradictions(config, where):
+        problems.add(problem)
+    problems.raise_if_any()
+    return config
+
+
+def registry_default(name: str) -> Any:
+    """The default entry of a registry, with its default settings."""
+    return REGISTRIES[name].load(DEFAULTS[name])()
+
+
+def _of_kind(value: Any, registry: Any, where: str, problems: Problems) -> Any:
+    """`x` or `{kind: x, ...}` as the section of that kind; None after adding a problem."""
+    settings = {"kind": value} if isinstance(value, str) else value
+    if isinstance(settings, BaseModel):
+        return settings
+    if not isinstance(settings, dict) or not isinstance(settings.get("kind"), str):
+        names = " ".join(registry.names())
+        problems.add(ConfigError(f"expected {{kind: X, ...}}, got {value!r}; kinds are {names}", where=where))
+        return None
+    try:
+        kind = registry.load(settings["kind"], where=f"{where}.kind")
+        return kind.model_validate(settings)
+    except ConfigError as error:
+        problems.add(error)
+    except ValidationError as error:
+        for problem in worded(error, kind, where):
+            problems.add(problem)
+    return None
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Sets `key.path=value` in a plain configuration; the value is YAML."""
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"{override!r} is not of the form key.path=value", where="command line")
+    place = raw
+    for key in keys[:-1]:
+        inner = place.get(key)
+        if isinstance(inner, str) and key in REGISTRIES:
+            inner = {"kind": inner}
+        place[key] = inner if isinstance(inner, dict) else {}
+        place = place[key]
+    place[keys[-1]] = read_yaml_text(text, where=f"command line: {path}")
+
+
+def contradictions(config: Config, where: str) -> list[ConfigError]:
+    """Settings that fight each other or would have no effect."""
+    found = []
+
+    def say(key: str, message: str, hint: str = "") -> None:
+        found.append(ConfigError(message, where=f"{where}: {key}", hint=hint))
+
+    if config.evaluate.metrics and config.data.eval is None:
+        say("evaluate.metrics", "nothing to evaluate on: data.eval is not set", "set data.eval")
+    if config.evaluate.every and config.data.eval is None:
+        say("evaluate.every", "nothing to evaluate on: data.eval is not set", "set data.eval")
+    if config.train.stop is not None and not config.evaluate.every:
+        say("train.stop", "needs evaluations during training", "set evaluate.every to a number of steps")
+    return found
+
+
+def worded(error: ValidationError, section: type[BaseModel], where: str) -> list[ConfigError]:
+    """pydantic's findings as one ConfigError each, naming the key path, the value and what was expected."""
+    return [_worded(detail, section, where) for detail in error.errors(include_url=False)]
+
+
+def _worded(detail: Any, section: type[BaseModel], where: str) -> ConfigError:
+    path = [str(part) for part in detail["loc"]]
+    # `where` is a file, or a file and the section that is being read
+    place = (where + (".", ": ")[": " not in where] + ".".join(path)) if path else where
+    if detail["type"] == "extra_forbidden":
+        keys = _keys_at(section, path[:-1])
+        known = f"; keys here are {' '.join(keys)}" if keys else ""
+        return ConfigError(f"unknown key {path[-1]!r}{known}", where=place, hint=did_you_mean(path[-1], keys))
+    if detail["type"] == "missing":
+        return ConfigError("this key is required", where=place)
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = message[:1].lower() + message[1:]
+    value = detail.get("input")
+    shown = "" if isinstance(value, dict | BaseModel) else f", got {value!r}"
+    return ConfigError(f"{message}{shown}", where=place)
+
+
+def _keys_at(section: type[BaseModel], path: list[str]) -> list[str]:
+    """The keys a section has at a path, as far as its type says."""
+    for part in path:
+        field = section.model_fields.get(part)
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not inner:
+            return []
+        section = inner[0]
+    return list(section.model_fields)
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain values, every default written out."""
+    return config.model_dump(mode="json")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:
+    """Key paths whose values differ, with both values."""
+    found = []
+    for key in sorted({*old, *new}):
+        place, before, after = f"{path}{key}", old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{place}.")
+        elif before != after:
+            found.append(f"{place}: {before!r} -> {after!r}")
+    return found
