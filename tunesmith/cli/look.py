@@ -1,0 +1,78 @@
+"""Commands that look before anything is paid: check (data and settings) and plan (memory and cost)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from tunesmith.cli.arguments import ConfigFile, Json, Overrides
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this file's commands to the program."""
+    app.command()(check)
+    app.command()(plan)
+
+
+def check(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="How many example rows to show.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Validate CONFIG and its data, all problems at once, and show rows as the model will see them.
+
+    What the model learns to write is marked; control tokens are dim. Weights are not loaded.
+    """
+    from tunesmith.config import load_config
+    from tunesmith.run.prepare import prepare
+
+    prepared = prepare(load_config(config, overrides))
+    facts = prepared.facts()
+    if as_json:
+        from tunesmith.cli.main import print_json
+
+        print_json({"ok": True, **facts})
+        return
+    for line in prepared.lines():
+        typer.echo(line)
+    _show_rows(prepared.train, rows)
+    typer.echo("ok: nothing to mend")
+
+
+def _show_rows(dataset: Any, rows: int) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    for preview in dataset.preview(rows):
+        text = Text()
+        for piece in preview.pieces:
+            text.append(piece.text, style="bold green" if piece.supervised else "dim" if piece.control else "")
+        console.rule(f"{preview.where}: {preview.tokens} tokens, {preview.supervised_tokens} supervised", align="left")
+        console.print(text)
+        # colour alone does not survive a pipe or a colour-blind reader
+        learnt = "".join(piece.text for piece in preview.pieces if piece.supervised)
+        console.print(Text.assemble(("learns to write: ", "dim"), (learnt, "bold green")))
+    if rows:
+        console.rule()
+
+
+def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Say before anything is paid what CONFIG needs: parameters, memory, steps, tokens, FLOPs, time."""
+    from tunesmith.config import load_config
+    from tunesmith.run.prepare import prepare
+    from tunesmith.run.planning import plan_run
+
+    made = plan_run(prepare(load_config(config, overrides)))
+    if as_json:
+        from tunesmith.cli.main import print_json
+
+        print_json(made.as_json())
+        return
+    from rich.console import Console
+
+    from tunesmith.plan.show import show
+
+    show(made, Console(highlight=False))

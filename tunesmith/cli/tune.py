@@ -1,0 +1,28 @@
+"""The command that trains."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tunesmith.cli.arguments import ConfigFile, Overrides
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this file's command to the program."""
+    app.command(name="tune")(tune)
+
+
+def tune(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest complete checkpoint of this run.")
+    ] = False,
+) -> None:
+    """Train: adapt the model as CONFIG says, judge it before and after, write the run folder and its report."""
+    from tunesmith.config import load_config
+    from tunesmith.run import run
+
+    run(load_config(config, overrides), resume=resume)
