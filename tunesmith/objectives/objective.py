@@ -1,0 +1,42 @@
+"""What an objective is: a sum over its units, and how many units a batch holds.
+
+Neither is ever divided here: the trainer divides once, by the units of all micro-batches of a step, so that
+cutting a step differently cannot change its loss. One objective a file; the table is in `objectives.py`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from tunesmith.core.section import Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tunesmith.core.types import Batch, Mean
+
+
+class Policy(Protocol):
+    """What an objective asks of the model that is being tuned."""
+
+    def token_losses(self, batch: Batch) -> Tensor:
+        """Negative log-likelihood of each target, float32 [supervised], differentiable."""
+        ...
+
+
+class Objective(Section):
+    """What is minimised: the section of the configuration and the function in one.
+
+    Attributes:
+        kind: name in the table.
+    """
+
+    kind: str
+
+    def weight(self, batch: Batch) -> float:
+        """Units in a batch, from the data alone: tokens, pairs, actions. 0 means that it teaches nothing."""
+        raise NotImplementedError
+
+    def loss(self, policy: Policy, batch: Batch) -> Mean:
+        """The sum over the units of a batch, differentiable, and their number."""
+        raise NotImplementedError

@@ -1,0 +1,10 @@
+"""The table of objectives: one line each, loaded when used."""
+
+from __future__ import annotations
+
+from tunesmith.core.registry import Registry
+
+OBJECTIVES = Registry(
+    "objective",
+    {"sft": ("tunesmith.objectives.sft:SFT", "supervised: learn to write the completion, token by token")},
+)

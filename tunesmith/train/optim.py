@@ -1,0 +1,61 @@
+"""AdamW on named parameters, with its state as named tensors that a checkpoint can hold.
+
+The arithmetic is torch's fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2), in the dtype of
+the masters. What is trained is decided by the caller: exactly the tensors given here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.core.errors import AdapterError
+
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+FIRST, SECOND = "first/", "second/"
+_STATE = {FIRST: "exp_avg", SECOND: "exp_avg_sq"}
+
+
+class AdamW:
+    """Decoupled weight decay on everything that has two axes or more: not on norms, biases and gains.
+
+    Args:
+        masters: what is trained, by name. Raises AdapterError when there is nothing, or a tensor twice.
+    """
+
+    def __init__(self, masters: Mapping[str, nn.Parameter], *, weight_decay: float = 0.0) -> None:
+        if not masters:
+            raise AdapterError("nothing is trainable", where="method")
+        if len({id(master) for master in masters.values()}) != len(masters):
+            raise AdapterError("one tensor is declared trainable under two names", where="method")
+        self.masters = dict(masters)
+        matrices = [master for master in masters.values() if master.ndim >= 2]
+        others = [master for master in masters.values() if master.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.inner = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=0.0, betas=BETAS, eps=EPS, fused=True
+        )
+
+    def step(self, lr: float) -> None:
+        """One update with the gradients that the masters hold."""
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        self.inner.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """Both moments of every tensor, by `first/NAME` and `second/NAME`. Empty before the first step."""
+        return {
+            kind + name: self.inner.state[master][key]
+            for name, master in self.masters.items()
+            if master in self.inner.state
+            for kind, key in _STATE.items()
+        }
+
+    def restore(self, moments: Mapping[str, Tensor], steps: int) -> None:
+        """Continues after `steps` updates whose moments these are. Raises KeyError for one that is missing."""
+        for name, master in self.masters.items():
+            kept = {key: moments[kind + name].to(master.device) for kind, key in _STATE.items()}
+            self.inner.state[master] = {"step": torch.tensor(float(steps), device=master.device), **kept}

@@ -1,0 +1,111 @@
+"""One update, complete: sums over micro-batches, one division, one norm, one step of the optimizer.
+
+Nothing here knows about files, time or signals; `trainer.py` calls it once a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from tunesmith.core.errors import DataError, DivergedError, ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from tunesmith.core.types import Batch
+    from tunesmith.objectives.objective import Objective, Policy
+    from tunesmith.parallel.layout import Layout
+    from tunesmith.train.optim import AdamW
+    from tunesmith.train.precision import Precision
+
+log = logging.getLogger(__name__)
+
+
+def accumulate(
+    objective: Objective,
+    policy: Policy,
+    batches: Sequence[Batch],
+    precision: Precision,
+    layout: Layout,
+    reseed: Callable[[int], None] = lambda micro: None,
+) -> float:
+    """Adds the gradient of a step to the masters and answers its loss, the mean over the units of all batches.
+
+    The division is by the weight of all micro-batches of all processes, so that neither how a step is cut nor
+    how its units are spread changes the result. `reseed(micro)` is called before each forward pass.
+
+    Raises DataError when the step has no units, DivergedError when its loss is not finite.
+    """
+    weights = [objective.weight(batch) for batch in batches]
+    weight = layout.sum(sum(weights))
+    if weight <= 0:
+        raise DataError(
+            f"nothing in this step is supervised; its rows are {named_rows(batches)}",
+            where="data.train",
+            hint="do these rows have a completion, and does it survive data.max_length?",
+        )
+    totals: list[Tensor] = []
+    seen: list[Batch] = []
+    for micro, batch in enumerate(batches):
+        if weights[micro] == 0:
+            continue
+        reseed(micro)
+        total = objective.loss(policy, batch).total
+        precision.backward(total / weight)
+        totals.append(total.detach())
+        seen.append(batch)
+    # read once a step: an accelerator need not wait for each micro-batch
+    values = torch.stack(totals).double().tolist() if totals else []
+    wrong = [batch for batch, value in zip(seen, values, strict=True) if not math.isfinite(value)]
+    loss = layout.sum(math.fsum(values) if not wrong else math.nan) / weight
+    if not math.isfinite(loss):
+        raise DivergedError(f"the loss is not a finite number; rows {named_rows(wrong)}")
+    return loss
+
+
+def fill_missing(masters: dict[str, nn.Parameter], first: bool) -> None:
+    """Gives zero gradients to tensors that no loss reached, naming them once.
+
+    They stay in the optimizer's step, so that one counter serves all. Raises ModelError when none was reached.
+    """
+    missing = [name for name, master in masters.items() if master.grad is None]
+    if len(missing) == len(masters):
+        raise ModelError(f"no gradient reaches anything that is declared trainable ({_some(missing)})", where="method")
+    if missing and first:
+        log.warning("no gradient reaches %d trainable tensors: %s", len(missing), _some(missing))
+    for name in missing:
+        masters[name].grad = torch.zeros_like(masters[name])
+
+
+def update(
+    optimizer: AdamW, precision: Precision, layout: Layout, *, lr: float, clip: float, rows: Sequence[Batch] = ()
+) -> float:
+    """Clips, steps, publishes and frees the gradients; answers the norm before clipping.
+
+    Raises DivergedError when the norm is not finite, before anything has changed.
+    """
+    gradients = [master.grad for master in precision.masters.values() if master.grad is not None]
+    norm = float(layout.norm(gradients))
+    if not math.isfinite(norm):
+        raise DivergedError(f"the norm of the gradient is not a finite number; rows {named_rows(rows)}")
+    if clip and norm > clip:
+        torch._foreach_mul_(gradients, clip / norm)
+    optimizer.step(lr)
+    precision.publish()
+    precision.clear()
+    return norm
+
+
+def named_rows(batches: Sequence[Batch], limit: int = 8) -> str:
+    """The rows of some batches, for a message."""
+    return _some([row for batch in batches for row in batch.rows], limit)
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
