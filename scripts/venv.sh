@@ -24,7 +24,7 @@ if ! "$folder/bin/python" -c "import torch, sys; sys.exit(torch.__version__.spli
   else
     # the registry's own Linux build brings gigabytes of CUDA; the CPU build has a local version of its own
     pip install "torch==$torch+cpu" 2>/dev/null ||
-      pip install "torch==$torch+cpu" --index-url https://download.pytorch.org/whl/cpu --extra-index-url "$(pip config get global.index-url 2>/dev/null || echo https://pypi.org/simple)"
+      pip install "torch==$torch+cpu" --index-url https://download.pytorch.org/whl/cpu
   fi
 fi
 echo "installing tunesmith${extras:+ [$extras]} ..." >&2

@@ -1,0 +1,33 @@
+"""tunesmith: plan, adapt, judge and ship foundation models after pretraining.
+
+Everything public is here and is loaded when it is first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "Config": "tunesmith.config",
+    "Full": "tunesmith.adapt.full",
+    "LoRA": "tunesmith.adapt.lora",
+    "TopLayers": "tunesmith.adapt.top_layers",
+    "TunesmithError": "tunesmith.core.errors",
+    "generate": "tunesmith.run.api",
+    "load": "tunesmith.run.api",
+    "tune": "tunesmith.run.api",
+}
+
+__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
