@@ -1,0 +1,407 @@
+"""The one training loop: for every method, objective, precision and layout.
+
+It owns time: steps, evaluations, checkpoints, budgets, signals. What one update is stands in `step.py`. Nothing it
+does between two updates can change the next one: all randomness is seeded by (seed, stream, step, micro-batch).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from tunesmith.core.errors import CheckpointError, ConfigError, DataError, DivergedError
+from tunesmith.core.rng import seed_for
+from tunesmith.parallel.layout import Layout, Single
+from tunesmith.train.checkpoint import MOMENTS, WEIGHTS, Checkpoint, Checkpoints, State
+from tunesmith.train.log import MetricsLog, peak_bytes
+from tunesmith.train.optim import AdamW
+from tunesmith.train.precision import Precision
+from tunesmith.train.schedule import learning_rate
+from tunesmith.train.step import accumulate, fill_missing, update
+from tunesmith.train.stop import Cut, Signals, judge
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tunesmith.core.types import Batch
+    from tunesmith.data.pack import Cursor, Step
+    from tunesmith.objectives.objective import Objective
+    from tunesmith.train.section import PrecisionSection, TrainSection
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+
+class TrainablePolicy(Protocol):
+    """A policy whose dropout can be switched."""
+
+    def token_losses(self, batch: Batch) -> torch.Tensor: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+
+class Tuned(Protocol):
+    """A model with something trainable on it.
+
+    Attributes:
+        parameters: all that is trained, by name, sorted; each tensor once.
+        policy: the model as objectives see it.
+    """
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]: ...
+
+    @property
+    def policy(self) -> TrainablePolicy: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. The weights of `tuned` are then those of `weights_step`.
+
+    Attributes:
+        step: updates done.
+        reason: steps, epochs, minutes, tokens or stop.
+        weights_step: the step whose weights are the result: the best one when there is a metric to stop on.
+        best_value: of that metric, None without one.
+        tokens, supervised_tokens, rows: consumed.
+        seconds: over all processes of the run.
+        peak_bytes: most memory used by this process.
+        resumed_step: where this process began; 0 at the start.
+    """
+
+    step: int
+    reason: str
+    weights_step: int
+    best_value: float | None
+    tokens: int
+    supervised_tokens: int
+    rows: int
+    seconds: float
+    peak_bytes: int
+    resumed_step: int
+
+
+def train(
+    tuned: Tuned,
+    stream_from: Callable[[Cursor], Iterator[Step]],
+    objective: Objective,
+    settings: TrainSection,
+    precision: PrecisionSection,
+    folder: Path,
+    *,
+    total_steps: int,
+    evaluate: Callable[[int], dict[str, float]] | None = None,
+    evaluate_every: int = 0,
+    observers: Sequence[Callable[[Record], None]] = (),
+    resume: bool = False,
+    layout: Layout | None = None,
+    collate: Callable[[list[Any]], Batch] | None = None,
+) -> Result:
+    """Trains until a reason to end, leaving checkpoints and metrics.jsonl in `folder`, and answers how it ended.
+
+    Args:
+        stream_from: the steps of the data from a cursor on.
+        total_steps: what the schedule is drawn over; the run ends there at the latest.
+        evaluate: metrics of the current weights after a step; called every `evaluate_every` steps and at the end.
+        observers: see every record after it is written.
+        resume: continue from the newest complete checkpoint; bit for bit the run that was not broken.
+        layout: the other processes; default none.
+        collate: examples of a micro-batch as a Batch; default `data.batch.to_batch`.
+
+    Raises: Stopped after a signal, once saved; DivergedError; DataError; CheckpointError; ResourceError. What was
+    saved before stays.
+    """
+    run = _Run(tuned, objective, settings, precision, folder, total_steps, layout or Single())
+    run.evaluate, run.evaluate_every, run.observers = evaluate, evaluate_every, list(observers)
+    run.collate = collate or _to_batch
+    with ExitStack() as stack:
+        stack.enter_context(closing(run.precision))
+        # the caller's random state is his own
+        stack.enter_context(torch.random.fork_rng(devices=run.cuda_devices))
+        run.begin(resume)
+        run.metrics = stack.enter_context(closing(MetricsLog(folder / "metrics.jsonl", run.logged_step)))
+        with Signals() as run.signals:
+            run.loop(stream_from)
+        run.take_best()
+        return run.result()
+
+
+class _Run:
+    """The state of one call of `train`, and its moves."""
+
+    evaluate: Callable[[int], dict[str, float]] | None
+    evaluate_every: int
+    observers: list[Callable[[Record], None]]
+    collate: Callable[[list[Any]], Batch]
+    metrics: MetricsLog
+    signals: Signals
+
+    def __init__(
+        self,
+        tuned: Tuned,
+        objective: Objective,
+        settings: TrainSection,
+        precision: PrecisionSection,
+        folder: Path,
+        total_steps: int,
+        layout: Layout,
+    ) -> None:
+        self.policy, self.objective, self.settings, self.layout = tuned.policy, objective, settings, layout
+        self.total_steps = total_steps
+        self.precision = Precision(tuned.parameters, precision)
+        self.optimizer = AdamW(self.precision.masters, weight_decay=settings.weight_decay)
+        self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
+        self.state = State()
+        self.device = next(iter(tuned.parameters.values())).device
+        self.cuda_devices = [self.device] if self.device.type == "cuda" else []
+        self.resumed_step, self.earlier_seconds, self.start = 0, 0.0, time.monotonic()
+        self.saved_step, self.weights_step = -1, 0
+
+    # beginning
+
+    def begin(self, resume: bool) -> None:
+        """Starts at step 0, or where the newest complete checkpoint ends."""
+        if not resume:
+            if self.checkpoints.steps():
+                raise ConfigError(
+                    "there are checkpoints of another run", where=str(self.checkpoints.folder), hint="--resume"
+                )
+            return
+        self.checkpoints.sweep()
+        found = self.checkpoints.newest()
+        if found is None:
+            log.warning("no checkpoint yet: starting at step 0")
+            return
+        self._adopt(found)
+        log.info("resuming after step %d", self.state.step)
+
+    def _adopt(self, found: Checkpoint) -> None:
+        found.read(WEIGHTS, self.precision.masters)
+        moments = {name: torch.empty_like(self.precision.masters[name.partition("/")[2]]) for name in self.moments()}
+        found.read(MOMENTS, moments)
+        self.optimizer.restore(moments, found.state.step)
+        self.precision.publish()
+        self.state = found.state
+        self.resumed_step = self.saved_step = self.weights_step = found.state.step
+        self.earlier_seconds = found.elapsed_seconds
+        if found.torch_version != torch.__version__:
+            told = (found.torch_version, torch.__version__)
+            log.warning("the checkpoint is by torch %s, this is %s: results may differ in the last bits", *told)
+        if found.threads != torch.get_num_threads():
+            log.warning("using %d threads, as the run did before", found.threads)
+            torch.set_num_threads(found.threads)
+
+    def moments(self) -> list[str]:
+        """Names of the optimizer's state."""
+        return [kind + name for name in self.precision.masters for kind in ("first/", "second/")]
+
+    @property
+    def logged_step(self) -> int:
+        """The last step whose record is final."""
+        return self.state.step - 1 if self.state.pending else self.state.step
+
+    # the loop
+
+    def loop(self, stream_from: Callable[[Cursor], Iterator[Step]]) -> None:
+        """Steps until there is a reason to end."""
+        if self.state.pending:
+            self._after(self.state.pending, self.state.reason)
+        if self.state.reason:
+            return
+        for step, is_last in _marked(stream_from(_cursor(self.state.cursor))):
+            began = time.monotonic()
+            record = self._step(step)
+            record["step_seconds"] = round(time.monotonic() - began, 6)
+            record["tokens_per_second"] = round(record["tokens"] / max(record["step_seconds"], 1e-6), 3)
+            record["peak_bytes"] = peak_bytes(self.device)
+            self._after(record, self._reason(is_last))
+            if self.state.reason:
+                return
+        raise DataError("there are no rows to train on", where="data.train")
+
+    def _step(self, step: Step) -> Record:
+        """One update and what it was like."""
+        state, number = self.state, self.state.step + 1
+        batches = [self.collate(examples).to(self.device) for examples in step.micro_batches]
+        lr = learning_rate(self.settings, number, self.total_steps)
+        self.policy.train(True)
+        try:
+            loss = accumulate(self.objective, self.policy, batches, self.precision, self.layout, self._reseed(number))
+            fill_missing(self.precision.masters, first=number == self.resumed_step + 1)
+            norm = update(
+                self.optimizer, self.precision, self.layout, lr=lr, clip=self.settings.clip, rows=batches
+            )
+        except DivergedError as error:
+            raise self._diverged(error, number) from error
+        finally:
+            self.policy.train(False)
+            self.precision.clear()
+        tokens, rows = sum(int(b.ids.numel()) for b in batches), sum(len(b.rows) for b in batches)
+        supervised = sum(int(b.targets.numel()) for b in batches)
+        state.step, state.cursor, state.epoch = number, asdict(step.cursor), step.epoch
+        state.tokens, state.rows = state.tokens + tokens, state.rows + rows
+        state.supervised_tokens += supervised
+        self.weights_step = number
+        return {
+            "step": number, "epoch": step.epoch, "loss": loss, "lr": lr, "grad_norm": norm, "rows": rows,
+            "micro_batches": len(batches), "tokens": tokens, "supervised_tokens": supervised,
+            "total_tokens": state.tokens,
+        }  # fmt: skip
+
+    def _reseed(self, step: int) -> Callable[[int], None]:
+        return lambda micro: _seed_all(seed_for(self.settings.seed, "dropout", step, micro))
+
+    def _diverged(self, error: DivergedError, step: int) -> DivergedError:
+        kept = self.checkpoints.path(self.saved_step) if self.saved_step >= 0 else "none yet"
+        hint = f"lower train.lr, or look at these rows; the last checkpoint is {kept}"
+        return DivergedError(f"step {step}: {error.message}", where=error.where, hint=hint)
+
+    def _reason(self, is_last: bool) -> str:
+        """Why the run is over after this step; empty when it is not."""
+        state, settings = self.state, self.settings
+        if state.step >= self.total_steps:
+            return "steps" if settings.steps else "epochs"
+        if is_last:
+            return "epochs"
+        if settings.tokens and state.tokens >= settings.tokens:
+            return "tokens"
+        if settings.minutes and self.seconds() >= settings.minutes * 60:
+            return "minutes"
+        return ""
+
+    # between steps
+
+    def _after(self, record: Record, reason: str) -> None:
+        """Evaluates, records, saves and stops, as each is due after a step."""
+        state, every = self.state, self.evaluate_every
+        due = self.evaluate is not None and every > 0 and (state.step % every == 0 or bool(reason))
+        is_best = False
+        if due and not self.signals.exit_code:
+            try:
+                began = time.monotonic()
+                with self.signals.cuttable():
+                    metrics = self._metrics()
+            except Cut:
+                self._save(pending=record, reason=reason)
+                raise self.signals.stopped(state.step) from None
+            is_best, reason = self._judged(metrics, reason)
+            record = {**record, **{f"eval_{name}": value for name, value in metrics.items()}}
+            record["eval_seconds"] = round(time.monotonic() - began, 3)
+        elif due:
+            self._save(pending=record, reason=reason)
+            raise self.signals.stopped(state.step)
+        state.reason, state.pending = reason, None
+        self._tell(record)
+        if reason or is_best or state.step % self.settings.save_every == 0 or self.signals.exit_code:
+            self._save()
+        if self.signals.exit_code:
+            raise self.signals.stopped(state.step)
+
+    def _metrics(self) -> dict[str, float]:
+        """An evaluation that leaves no trace in what follows."""
+        assert self.evaluate is not None
+        with torch.random.fork_rng(devices=self.cuda_devices):
+            metrics = {name: float(value) for name, value in self.evaluate(self.state.step).items()}
+        if not math.isfinite(metrics.get("loss", 0.0)):
+            raise self._diverged(DivergedError("the evaluation's loss is not a finite number"), self.state.step)
+        return metrics
+
+    def _judged(self, metrics: dict[str, float], reason: str) -> tuple[bool, str]:
+        stop = self.settings.stop
+        if stop is None:
+            return False, reason
+        is_best = judge(stop, metrics, self.state)
+        if not math.isfinite(metrics[stop.metric]):
+            log.warning("step %d: %s is not a finite number; it cannot be the best", self.state.step, stop.metric)
+        if self.state.bad_evaluations >= stop.patience:
+            reason = reason or "stop"
+        return is_best, reason
+
+    def _tell(self, record: Record) -> None:
+        self.metrics.write(record)
+        for observer in list(self.observers):
+            try:
+                observer(record)
+            except OSError as error:
+                log.warning("%s is switched off: %s", type(observer).__name__, error)
+                self.observers.remove(observer)
+
+    def _save(self, pending: Record | None = None, reason: str = "") -> None:
+        """A checkpoint of now; older ones go only once it is on the disk."""
+        if pending:
+            self.state.pending, self.state.reason = pending, reason
+        self.metrics.sync()
+        self.checkpoints.save(self.state, self.precision.masters, self.optimizer.state(), self.seconds())
+        self.saved_step = self.state.step
+        self.checkpoints.prune(self.state.best_step)
+
+    def seconds(self) -> float:
+        """Time that the run has taken, over all its processes."""
+        return self.earlier_seconds + time.monotonic() - self.start
+
+    # the end
+
+    def take_best(self) -> None:
+        """Makes the best weights the result, when there is a metric that says which these are."""
+        best = self.state.best_step
+        if best is None or best == self.state.step:
+            return
+        try:
+            found = self.checkpoints.load(best)
+        except CheckpointError as error:
+            log.warning("the best checkpoint is damaged, the last weights are the result: %s", error)
+            return
+        found.read(WEIGHTS, self.precision.masters)
+        self.precision.publish()
+        self.weights_step = best
+
+    def result(self) -> Result:
+        state = self.state
+        return Result(
+            step=state.step,
+            reason=state.reason,
+            weights_step=self.weights_step,
+            best_value=state.best_value,
+            tokens=state.tokens,
+            supervised_tokens=state.supervised_tokens,
+            rows=state.rows,
+            seconds=self.seconds(),
+            peak_bytes=peak_bytes(self.device),
+            resumed_step=self.resumed_step,
+        )
+
+
+def _marked(steps: Iterator[Step]) -> Iterator[tuple[Step, bool]]:
+    """Each step with whether it is the last one, so that the last one can be evaluated and saved as such."""
+    iterator = iter(steps)
+    current = next(iterator, None)
+    while current is not None:
+        following = next(iterator, None)
+        yield current, following is None
+        current = following
+
+
+def _seed_all(seed: int) -> None:
+    torch.manual_seed(seed)  # all devices
+
+
+def _cursor(saved: dict[str, Any] | None) -> Cursor:
+    from tunesmith.data.pack import Cursor
+
+    return Cursor(**saved) if saved else Cursor(0, 0)
+
+
+def _to_batch(examples: list[Any]) -> Batch:
+    from tunesmith.data.batch import to_batch
+
+    return to_batch(examples)
