@@ -1,0 +1,179 @@
+"""The plan of a run: how many parameters, how many bytes, how many FLOPs, how long, before anything is paid.
+
+`make_plan` takes the adapted model (meta or real) and the sizes of the work, not a config, so that any program can
+ask. Showing a plan in the terminal is in `show`, counting in `memory`, `trace` and `compute`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.plan.compute import Calibration, flops_per_token, step_seconds
+from tunesmith.plan.memory import (
+    Memory,
+    Parameters,
+    TensorSpec,
+    count_memory,
+    count_parameters,
+    estimate_activations,
+    tensor_specs,
+)
+from tunesmith.plan.shape import ModelShape
+
+if TYPE_CHECKING:
+    import torch
+
+    from tunesmith.core.types import Batch
+    from tunesmith.plan.trace import Traced
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How much there is to do.
+
+    Attributes:
+        steps: optimizer updates.
+        tokens: read by all of them, prompts included.
+        lengths: tokens of the documents of the largest micro-batch.
+        supervised_share: tokens with a target / tokens.
+    """
+
+    steps: int
+    tokens: int
+    lengths: tuple[int, ...]
+    supervised_share: float = 1.0
+
+    @property
+    def micro_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def context(self) -> float:
+        """Tokens of the document that a token lies in, on average over tokens."""
+        return sum(length * length for length in self.lengths) / max(1, self.micro_tokens)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need; `as_dict` is plan.json.
+
+    Attributes:
+        parameters: numbers in all, and trained.
+        memory: bytes by part.
+        steps, tokens: the amount of training.
+        flops: of all steps, forward and backward.
+        seconds: None where the machine has not been measured.
+        exact_activations: they were traced through the model rather than estimated from its shape.
+    """
+
+    parameters: Parameters
+    memory: Memory
+    steps: int
+    tokens: int
+    flops: int
+    seconds: float | None = None
+    exact_activations: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers under the fixed keys."""
+        return {
+            "parameters": {"total": self.parameters.total, "trainable": self.parameters.trainable},
+            "memory": self.memory.as_dict(),
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "flops": self.flops,
+            "seconds": self.seconds,
+            "activations": "traced" if self.exact_activations else "estimated",
+        }
+
+
+def make_plan(
+    model: torch.nn.Module,
+    shape: ModelShape,
+    work: Workload,
+    *,
+    trainable: Iterable[torch.nn.Parameter] | None = None,
+    loss: Callable[[Batch], torch.Tensor] | None = None,
+    master: bool = True,
+    optimizer: str = "adamw",
+    optimizer_state: str = "fp32",
+    calibration: Calibration | None = None,
+    item_bytes: int | None = None,
+    recompute: bool = False,
+) -> Plan:
+    """The plan of a run of an adapted model.
+
+    Args:
+        model: with its adapter attached; on meta, or with data.
+        shape: its sizes, for what is not traced.
+        trainable: what the optimizer gets; None takes what requires a gradient.
+        loss: gives the loss of a batch as a scalar with the model above; with it, activations and FLOPs are traced
+            through the real forward and backward instead of estimated.
+        master: trained weights of fewer than 32 bits have a float32 copy.
+        calibration: how fast the machine is; None leaves `seconds` out.
+        item_bytes: of an activation, for the estimate; None takes the size of the largest weight's numbers.
+        recompute: activations of a block are computed again in the backward, for the estimate.
+    """
+    specs = tensor_specs(model, trainable)
+    state = count_memory(specs, master=master, optimizer=optimizer, optimizer_state=optimizer_state)
+    if loss is not None:
+        from tunesmith.plan.trace import trace
+
+        return _traced(
+            specs, state, work, trace(model, loss, work.lengths, work.supervised_share), calibration
+        )
+    size = item_bytes or max(specs, key=lambda spec: spec.count).item_bytes
+    learnt = round(work.micro_tokens * work.supervised_share)
+    activations = estimate_activations(shape, work.micro_tokens, learnt, item_bytes=size, recompute=recompute)
+    flops = round(_estimated_flops(specs, shape, work) * work.tokens * (4 / 3 if recompute else 1))
+    return Plan(
+        parameters=count_parameters(specs),
+        memory=replace(state, activations_bytes=activations),
+        steps=work.steps,
+        tokens=work.tokens,
+        flops=flops,
+        seconds=flops / calibration.flops_per_second if calibration else None,
+    )
+
+
+def _traced(
+    specs: list[TensorSpec], state: Memory, work: Workload, traced: Traced, calibration: Calibration | None
+) -> Plan:
+    kept = state.state_bytes - state.gradients_bytes
+    # in the update all gradients are there, in the backward the activations and some of them
+    peak = max(kept + traced.peak_bytes, state.state_bytes)
+    times = work.tokens / max(1, traced.tokens)
+    return Plan(
+        parameters=count_parameters(specs),
+        memory=replace(state, activations_bytes=traced.activations_bytes, peak_bytes=peak),
+        steps=work.steps,
+        tokens=work.tokens,
+        flops=round(traced.flops * times),
+        seconds=_seconds(specs, state, work, traced, calibration) if calibration else None,
+        exact_activations=True,
+    )
+
+
+def _seconds(
+    specs: list[TensorSpec], state: Memory, work: Workload, traced: Traced, calibration: Calibration
+) -> float:
+    trained = sum(spec.nbytes for spec in specs if spec.trainable)
+    update = trained + state.master_bytes + state.gradients_bytes + state.optimizer_bytes
+    forward_and_backward = step_seconds(traced, calibration) * work.tokens / max(1, traced.tokens)
+    return forward_and_backward + 2 * work.steps * update / calibration.bytes_per_second  # read and written
+
+
+def _estimated_flops(specs: list[TensorSpec], shape: ModelShape, work: Workload) -> float:
+    parameters = count_parameters(specs)
+    whole = shape.matrix_parameters + shape.head_parameters * (1 if shape.tied else 2)
+    inserted = max(0, parameters.total - whole) if parameters.trainable < parameters.total / 2 else 0
+    return flops_per_token(
+        shape,
+        trained=min(parameters.trainable, shape.matrix_parameters + inserted),
+        inserted=min(inserted, parameters.trainable),
+        context=work.context,
+        supervised_share=work.supervised_share,
+        head_trained=parameters.trainable > parameters.total / 2,
+    ).total

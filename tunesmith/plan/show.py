@@ -1,0 +1,103 @@
+"""A plan as a person reads it in the terminal: bars for memory, one line for the work.
+
+GB is 10^9 bytes, and only here: everything inside counts bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_PARTS = (
+    ("weights", "weights_bytes", "cyan"),
+    ("master weights", "master_bytes", "blue"),
+    ("gradients", "gradients_bytes", "magenta"),
+    ("optimizer", "optimizer_bytes", "yellow"),
+    ("activations", "activations_bytes", "green"),
+)
+
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+def show_plan(plan: dict[str, Any], width: int = 36) -> RenderableType:
+    """The table of a plan given as plan.json; `width` is that of the longest bar in characters."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    memory = plan["memory"]
+    largest = max((memory[key] for _, key, _ in _PARTS), default=0)
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column()
+    for name, key, colour in _PARTS:
+        if memory[key]:
+            table.add_row(name, in_bytes(memory[key]), Text(bar(memory[key], largest, width), style=colour))
+    table.add_row(
+        "total", Text(in_bytes(memory["total_bytes"]), style="bold"), Text(_notes(plan), style="dim")
+    )
+    return Group(Text(_headline(plan)), Text(), table, Text(), Text(_work(plan)))
+
+
+def bar(value: float, largest: float, width: int) -> str:
+    """A bar of eighths of a character; a value that is not zero shows at least one eighth."""
+    if value <= 0 or largest <= 0:
+        return ""
+    eighths = max(1, round(8 * width * value / largest))
+    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+
+
+def in_bytes(count: float) -> str:
+    """Bytes for people: 48.0 GB, 731 MB, 12 kB; powers of ten."""
+    return _scaled(count, ("bytes", "kB", "MB", "GB", "TB", "PB"))
+
+
+def in_count(count: float) -> str:
+    """A number for people: 134.5 M, 2.1 G."""
+    return _scaled(count, ("", "k", "M", "G", "T", "P", "E", "Z", "Y")).strip()
+
+
+def in_time(seconds: float) -> str:
+    """Seconds for people: 48 s, 4 min 10 s, 3 h 12 min, 5 d 2 h."""
+    whole = math.ceil(seconds) if seconds < 10 else round(seconds)
+    for size, name, below, lower in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            rest = whole % size // below
+            return f"{whole // size} {name}" + (f" {rest} {lower}" if rest else "")
+    return f"{whole} s"
+
+
+def _scaled(value: float, units: tuple[str, ...]) -> str:
+    step = 0
+    while abs(value) >= 999.5 and step < len(units) - 1:
+        value /= 1000
+        step += 1
+    digits = 0 if step == 0 or abs(value) >= 99.95 else 1
+    return f"{value:.{digits}f} {units[step]}"
+
+
+def _headline(plan: dict[str, Any]) -> str:
+    total, trained = plan["parameters"]["total"], plan["parameters"]["trainable"]
+    share = 100 * trained / total if total else 0.0
+    return f"{total:,} parameters, {trained:,} of them trained ({share:.3g} %)"
+
+
+def _notes(plan: dict[str, Any]) -> str:
+    memory = plan["memory"]
+    notes = []
+    if plan.get("activations") == "estimated":
+        notes.append("activations estimated")
+    if memory.get("overhead_bytes"):
+        notes.append(f"and about {in_bytes(memory['overhead_bytes'])} for Python and its libraries")
+    return ", ".join(notes)
+
+
+def _work(plan: dict[str, Any]) -> str:
+    parts = [f"{plan['steps']:,} steps", f"{plan['tokens']:,} tokens", f"{in_count(plan['flops'])}FLOP"]
+    if plan.get("seconds") is not None:
+        parts.append(f"about {in_time(plan['seconds'])} on this machine")
+    return ", ".join(parts)

@@ -1,0 +1,227 @@
+"""Forward and backward of the real model without data: what they hold at once, and what they compute.
+
+The one idea: a model on the meta device, made to answer as if on the CPU, runs the very operations of a step; one
+dispatch mode counts the storages alive and the work. The same mode counts a run that has data, so that predicted and
+measured mean one thing.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from tunesmith.core.types import Batch
+
+aten = torch.ops.aten
+
+
+class LiveStorages(TorchDispatchMode):
+    """Counts the bytes of tensor storages made inside it that are alive, and the work of each operation.
+
+    Views share a storage and count once; what existed before counts nothing. Works on any device, fake or real.
+
+    Attributes:
+        now_bytes: alive now, without what `release` named.
+        peak_bytes: the most alive at once, without what `release` named.
+        peak_all_bytes: the most alive at once, with it.
+        released_bytes: what `release` named.
+        flops: multiplications and additions of matrix products and attention; one multiply-add is two.
+        traffic_bytes: bytes that all other operations read and write.
+        operations: how many there were, views aside.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_bytes = self.peak_bytes = self.peak_all_bytes = self.released_bytes = 0
+        self.flops = self.traffic_bytes = self.operations = 0
+        self._alive: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        produced = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        for tensor in produced:
+            self._hold(tensor)
+        if produced and not func.is_view:
+            self._work(func, args, kwargs, out, produced)
+        return out
+
+    def release(self, tensor: Tensor) -> None:
+        """Counts a storage apart from now on: a gradient that has become one."""
+        storage = tensor.untyped_storage()
+        if self._alive.pop(storage._cdata, None) is not None:
+            self.now_bytes -= storage.nbytes()
+            self.released_bytes += storage.nbytes()
+
+    def _hold(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        self._alive[key] = weakref.ref(storage, partial(self._drop, key, size))
+        self.now_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.now_bytes)
+        self.peak_all_bytes = max(self.peak_all_bytes, self.now_bytes + self.released_bytes)
+
+    def _drop(self, key: int, size: int, reference: weakref.ref[Any]) -> None:
+        if self._alive.get(key) is reference:
+            del self._alive[key]
+            self.now_bytes -= size
+
+    def _work(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, produced: list[Tensor]
+    ) -> None:
+        flops = _flops(func, args, kwargs, out)
+        self.flops += flops
+        self.operations += 1
+        if not flops:
+            read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            self.traffic_bytes += sum(tensor.numel() * tensor.element_size() for tensor in (*read, *produced))
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What one micro-batch does.
+
+    Attributes:
+        activations_bytes: the most that forward and backward hold at once, weights and finished gradients aside.
+        peak_bytes: the same with finished gradients.
+        saved_bytes: alive after the forward: what the backward needs.
+        forward_flops, backward_flops: work of each direction.
+        traffic_bytes: bytes read and written outside matrix products, both directions.
+        operations: number of operations, both directions.
+        tokens: in the micro-batch.
+    """
+
+    activations_bytes: int
+    peak_bytes: int
+    saved_bytes: int
+    forward_flops: int
+    backward_flops: int
+    traffic_bytes: int
+    operations: int
+    tokens: int
+
+    @property
+    def flops(self) -> int:
+        return self.forward_flops + self.backward_flops
+
+
+def trace(
+    model: nn.Module, loss: Callable[[Batch], Tensor], lengths: Sequence[int], supervised_share: float = 1.0
+) -> Traced:
+    """Runs `loss` and its backward on a micro-batch of documents of these lengths, without data.
+
+    The model may be on meta or hold data; it is as before afterwards. `loss` gives a scalar. A device other than
+    the CPU is not imitated: kernels that save other tensors there will differ.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, _as_if_on_cpu(model, fake):
+        batch = sample_batch(lengths, supervised_share)
+        return measure(model, lambda: loss(batch), sum(lengths))
+
+
+def measure(model: nn.Module, loss: Callable[[], Tensor], tokens: int) -> Traced:
+    """Counts one forward and backward where the model is, data or not; leaves gradients as backward does."""
+    with LiveStorages() as live:
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(lambda found: _release(live, found.grad))
+            for parameter in model.parameters()
+            if parameter.requires_grad
+        ]
+        try:
+            total = loss()
+            saved, forward = live.now_bytes, live.flops
+            if total.requires_grad:
+                total.backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return Traced(
+        activations_bytes=live.peak_bytes,
+        peak_bytes=live.peak_all_bytes,
+        saved_bytes=saved,
+        forward_flops=forward,
+        backward_flops=live.flops - forward,
+        traffic_bytes=live.traffic_bytes,
+        operations=live.operations,
+        tokens=tokens,
+    )
+
+
+def sample_batch(lengths: Sequence[int], supervised_share: float = 1.0) -> Batch:
+    """A batch of documents of these lengths whose last tokens are supervised; the ids are all 0."""
+    ids, sources, start = sum(lengths), [], 0
+    for length in lengths:
+        learnt = min(length - 1, max(1, round(supervised_share * length)))
+        sources.append(torch.arange(start + length - 1 - learnt, start + length - 1))
+        start += length
+    source = torch.cat(sources)
+    return Batch(
+        ids=torch.zeros(ids, dtype=torch.int64),
+        positions=torch.cat([torch.arange(length) for length in lengths]),
+        lengths=tuple(lengths),
+        sources=source,
+        targets=torch.zeros_like(source),
+        rows=tuple(f"document {index}" for index in range(len(lengths))),
+    )
+
+
+@contextmanager
+def _as_if_on_cpu(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
+    # on meta itself attention would take its unfused path and seem to hold every score
+    made: dict[int, Tensor] = {}
+    old: list[tuple[dict[str, Any], str, Tensor]] = []
+    for module in model.modules():
+        tables: list[dict[str, Any]] = [module._parameters, module._buffers]  # type: ignore[list-item]
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor is not None:
+                    old.append((table, name, tensor))
+                    table[name] = made.setdefault(id(tensor), _fake(tensor, mode))
+    try:
+        yield
+    finally:
+        for table, name, tensor in old:
+            table[name] = tensor
+
+
+def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    bare = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    pretended = FakeTensor(mode, bare, torch.device("cpu"))
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(pretended, requires_grad=tensor.requires_grad)
+    return pretended
+
+
+def _release(live: LiveStorages, gradient: Tensor | None) -> None:
+    if gradient is not None:
+        live.release(gradient)
+
+
+def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    packet = func._overloadpacket
+    if packet in flop_registry:
+        return int(flop_registry[packet](*args, **kwargs, out_val=out))
+    # torch's own table lacks the CPU's fused attention
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+        return int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
+    return 0
