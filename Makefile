@@ -10,7 +10,8 @@ RUN := $(VENV)/bin
 .PHONY: demo test check venv bench clean
 
 demo: venv
-	$(RUN)/tunesmith demo
+	@if [ -e runs/demo/config.yaml ]; then $(RUN)/tunesmith tune tunesmith/recipes/toolcall.yaml out=runs/demo --resume; \
+	else $(RUN)/tunesmith tune tunesmith/recipes/toolcall.yaml out=runs/demo; fi
 
 test:
 	scripts/venv.sh $(VENV) test,check
