@@ -1,0 +1,139 @@
+"""Attention inside documents: one row holds many of them end to end, and each attends to itself alone.
+
+The one idea: this is an attention function of transformers' own interface, so that no model code is touched. With
+`Segments` (route.py) it runs scaled dot-product attention document by document; without, it is transformers' sdpa.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from tunesmith.core.errors import ModelError
+from tunesmith.models.route import current_segments
+
+NAME = "tunesmith"
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """Attention of query [batch, heads, tokens, width] over key and value [batch, kv heads, tokens, width].
+
+    Args:
+        attention_mask: None within segments; else boolean or additive [batch, 1, tokens, tokens], or None.
+        sliding_window: a token sees itself and the `sliding_window - 1` before it.
+        softcap: scores s become softcap x tanh(s / softcap) (Gemma 2, 2024, arXiv 2408.00118, section 2).
+
+    Returns:
+        [batch, tokens, heads, width] and no weights.
+    """
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    segments = current_segments()
+    if segments is None:
+        if softcap is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **more
+            )
+        mask = attention_mask if attention_mask is not None else _window(query, key, causal, None)
+        return _capped(query, key, value, mask, dropout, scaling, softcap).transpose(1, 2).contiguous(), None
+    if query.shape[0] != 1 or query.shape[2] != sum(segments.lengths) or key.shape[2] != query.shape[2]:
+        raise ModelError(f"segments of {sum(segments.lengths)} tokens over a row of shape {tuple(query.shape)}")
+    if sliding_window is not None and not causal:
+        raise ModelError("a sliding window without causal attention cannot run packed")
+    lengths = list(segments.lengths)
+    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    outputs = [_one(*part, causal, dropout, scaling, sliding_window, softcap) for part in parts]
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+
+
+def mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask that goes with `attend`: none within segments, else the one of sdpa."""
+    return None if current_segments() is not None else sdpa_mask(*args, **kwargs)
+
+
+def use(model: PreTrainedModel) -> None:
+    """Makes a model attend through here. Raises ModelError when its family does not use the interface."""
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, mask)
+    if model.config._attn_implementation != NAME:
+        model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        raise ModelError(f"{type(model).__name__} does not use the attention interface of transformers")
+
+
+def _one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """One document: [1, heads, tokens, width]."""
+    reaches = window is None or window >= query.shape[2]
+    if softcap is not None:
+        mask = _window(query, key, causal, window)
+        return _capped(query, key, value, mask, dropout, scaling, softcap)
+    mask = None if reaches else _window(query, key, causal, window)
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal and mask is None and query.shape[2] > 1,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _window(query: Tensor, key: Tensor, causal: bool, window: int | None) -> Tensor | None:
+    """True where a query may look: not ahead of itself, and not further back than the window."""
+    if not causal and window is None:
+        return None
+    ahead = key.shape[2] - query.shape[2]
+    at = torch.arange(query.shape[2], device=query.device)[:, None] + ahead
+    to = torch.arange(key.shape[2], device=query.device)[None, :]
+    allowed = to <= at
+    return allowed if window is None else allowed & (to > at - window)
+
+
+def _capped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float,
+) -> Tensor:
+    # written out: no fused kernel of torch caps scores
+    times = query.shape[1] // key.shape[1]
+    if times > 1:
+        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        low = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, low) if mask.dtype == torch.bool else scores + mask
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+    return nn.functional.dropout(weights, dropout) @ value

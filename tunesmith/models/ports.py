@@ -1,0 +1,215 @@
+"""Ports: what takes the place of a linear map or an embedding so that inserts can act beside it.
+
+The one idea: a port *shares* the parameter and buffer tables of the module it stands for. Base weights keep their
+names, tied weights stay tied, whatever replaces a parameter replaces it in both, and taking the port away gives back
+the very module that was there. What acts in a forward pass is the route's business (`route.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.core.errors import AdapterError
+from tunesmith.models.route import Attached
+
+if TYPE_CHECKING:
+    from tunesmith.models.targets import Rows, Target
+
+INSERTS = "inserts"
+
+PortKind = Literal["linear", "conv1d", "embedding"]
+
+
+class Acts(Protocol):
+    """What a port needs of a method."""
+
+    def delta(self, insert: Insert, x: Tensor, y: Tensor) -> Tensor:
+        """What the insert adds to the output features of its role; `x` is the input and `y` the output so far."""
+        ...
+
+
+class Insert(nn.Module):
+    """The parameters of one adapter for one role at one port.
+
+    Attributes:
+        method: answers `delta`; not a module, never saved.
+        rows: the output features it adds to; None for all of them.
+        scale: factor of the delta.
+    """
+
+    def __init__(self, method: Acts, parameters: dict[str, nn.Parameter], rows: Rows | None, scale: float) -> None:
+        super().__init__()
+        self.method, self.rows, self.scale = method, rows, scale
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
+
+    def added(self, x: Tensor, y: Tensor, factor: Tensor | None = None) -> Tensor:
+        """The output with this insert's delta in it."""
+        delta = self.method.delta(self, x, y)
+        if factor is not None:
+            delta = delta * factor.to(delta.dtype)
+        if self.rows is not None:
+            delta = spread(delta, self.rows)
+        return y + delta
+
+
+def spread(values: Tensor, rows: Rows) -> Tensor:
+    """Puts [..., rows.count] at its output features and zeros elsewhere: [..., groups x period]."""
+    grouped = values.unflatten(-1, (rows.groups, rows.stop - rows.start))
+    return nn.functional.pad(grouped, (rows.start, rows.period - rows.stop)).flatten(-2)
+
+
+def gathered(values: Tensor, rows: Rows) -> Tensor:
+    """The inverse of `spread`: [..., groups x period] to [..., rows.count]."""
+    return values.unflatten(-1, (rows.groups, rows.period))[..., rows.start : rows.stop].flatten(-2)
+
+
+class Named(nn.ModuleDict):
+    """Modules by any name, also one that is an attribute of modules (`type`, `keys`, `weight`)."""
+
+    def put(self, name: str, module: nn.Module) -> None:
+        """Adds a module; `add_module` refuses names of attributes."""
+        self._modules[name] = module
+
+    def drop(self, name: str) -> None:
+        """Removes a module."""
+        del self._modules[name]
+
+
+class Port(nn.Module):
+    """Stands where `base` stood and runs it; `inserts` holds, by adapter and role, what acts beside it."""
+
+    def __init__(self, base: nn.Module, path: str, attached: Attached) -> None:
+        super().__init__()
+        # the same tables, not copies: a parameter that is replaced, moved or tied is so for both
+        self._parameters = base._parameters
+        self._buffers = base._buffers
+        self._non_persistent_buffers_set = base._non_persistent_buffers_set
+        # in a tuple, so that it is no submodule and base names stay as they are
+        self._held = (base,)
+        self.path, self.attached = path, attached
+        self.training = base.training
+        self.inserts = Named()
+
+    @property
+    def base(self) -> nn.Module:
+        """The module that was here."""
+        return self._held[0]
+
+    def __getattr__(self, name: str) -> Any:
+        # code that reads `in_features`, `nf` or `embed_scale` finds them
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_held"][0], name)
+
+    def acting(self) -> Iterator[Insert]:
+        """The inserts that act here in this forward pass."""
+        for share in self.attached.shares():
+            if share.adapter in self.inserts:
+                yield from self.inserts[share.adapter].values()  # type: ignore[operator,misc]
+
+    def put(self, adapter: str, role: str, insert: Insert) -> None:
+        """Adds an insert."""
+        if adapter not in self.inserts:
+            self.inserts.put(adapter, Named())
+        self.inserts[adapter].put(role, insert)  # type: ignore[operator]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] to [..., out]; for an embedding, ids [...] to [..., width]."""
+        y = self.base(x)
+        factor = getattr(self.base, "embed_scale", None)
+        for insert in self.acting():
+            y = insert.added(x, y, factor)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{type(self.base).__name__}, {', '.join(self.inserts) or 'empty'}"
+
+
+class LinearPort(Port):
+    """A port at an nn.Linear or at GPT-2's Conv1D, which keeps its weight input-major."""
+
+
+class EmbeddingPort(Port):
+    """A port at an embedding. What its inserts add is scaled as the embedding scales its own rows (gemma)."""
+
+
+def port_kind(module: nn.Module) -> PortKind | None:
+    """What kind of port fits a module; None where none does. A port counts as what it stands for."""
+    if isinstance(module, Port):
+        module = module.base
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    name = type(module)
+    return "conv1d" if name.__name__ == "Conv1D" and name.__module__ == "transformers.pytorch_utils" else None
+
+
+def attached_to(model: nn.Module) -> Attached:
+    """The list of a model's adapters, made on first use."""
+    found = model.__dict__.get("_tunesmith_attached")
+    if found is None:
+        found = model.__dict__["_tunesmith_attached"] = Attached()
+    return found
+
+
+def install(model: nn.Module, target: Target) -> Port:
+    """The port at a target's path, put there if there is none yet."""
+    module = model.get_submodule(target.path)
+    if isinstance(module, Port):
+        return module
+    kind = port_kind(module)
+    if kind is None:
+        raise AdapterError(f"{target.path} is a {type(module).__name__}, neither a linear map nor an embedding")
+    port = (EmbeddingPort if kind == "embedding" else LinearPort)(module, target.path, attached_to(model))
+    _replace(model, target.path, port)
+    return port
+
+
+def remove(model: nn.Module, adapter: str) -> None:
+    """Takes an adapter's inserts away, and every port that holds none then; the modules that were there return."""
+    for port in ports(model):
+        if adapter in port.inserts:
+            port.inserts.drop(adapter)
+        if not len(port.inserts):
+            _replace(model, port.path, port.base)
+    names = attached_to(model).names
+    if adapter in names:
+        names.remove(adapter)
+
+
+def ports(model: nn.Module) -> list[Port]:
+    """All ports of a model, in its order."""
+    return [module for module in model.modules() if isinstance(module, Port)]
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without inserts: the names and tensors of the base model."""
+    held = tuple(f"{port.path}.{INSERTS}." for port in ports(model))
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(held)}
+
+
+def freeze(model: nn.Module) -> None:
+    """Stops gradients for everything but what adapters have added."""
+    mine = {id(parameter) for port in ports(model) for parameter in port.inserts.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in mine:
+            parameter.requires_grad_(False)
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    owner = model.get_submodule(parent) if parent else model
+    module.training = owner.training
+    owner._modules[leaf] = module
+
+
+def is_meta(module: nn.Module) -> bool:
+    """Whether a module's weights have shapes only."""
+    return any(parameter.device == torch.device("meta") for parameter in module.parameters(recurse=False))
