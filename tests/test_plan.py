@@ -13,12 +13,13 @@ from rich.console import Console
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tunesmith.core.amounts import in_bytes, in_count, in_time
 from tunesmith.core.errors import ConfigError, ModelError
 from tunesmith.plan.compute import Calibration, calibrate, flops_per_token
 from tunesmith.plan.memory import TensorSpec, count_memory, count_parameters, tensor_specs
 from tunesmith.plan.plan import Workload, make_plan
 from tunesmith.plan.shape import ModelShape, lora_parameters, read_shape
-from tunesmith.plan.show import bar, in_bytes, in_count, in_time, show_plan
+from tunesmith.plan.show import bar, show_plan
 from tunesmith.plan.trace import LiveStorages, measure, sample_batch, trace
 
 SMALL = {
@@ -207,6 +208,13 @@ def test_fp32_training_needs_no_master_copy_and_takes_sixteen_bytes_too():
     memory = count_memory([TensorSpec("w", (7, 11), 4, trainable=True)])
     assert memory.master_bytes == 0
     assert memory.total_bytes == 16 * 77
+
+
+def test_gradients_kept_in_float32_beside_a_master_copy_take_two_bytes_more():
+    """18 bytes a parameter. Kills: counting what has no master copy, too."""
+    specs = [TensorSpec("w", (100,), 2, trainable=True), TensorSpec("delta", (10,), 4, trainable=True)]
+    memory = count_memory(specs, fp32_gradients=True)
+    assert memory.state_bytes == 18 * 100 + 16 * 10
 
 
 def test_frozen_weights_take_their_own_bytes_and_nothing_else():

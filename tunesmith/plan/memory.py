@@ -72,7 +72,7 @@ class Memory:
     Attributes:
         weights_bytes: everything the forward reads: parameters and buffers.
         master_bytes: float32 copies of trained weights kept in fewer bits.
-        gradients_bytes: one number for each trained one, in its dtype.
+        gradients_bytes: one number for each trained one.
         optimizer_bytes: moments.
         activations_bytes: the most that forward and backward hold at once for one micro-batch, gradients aside.
         overhead_bytes: what the process takes before any tensor: interpreter and libraries.
@@ -145,6 +145,7 @@ def count_memory(
     specs: Iterable[TensorSpec],
     *,
     master: bool = True,
+    fp32_gradients: bool = False,
     optimizer: str = "adamw",
     optimizer_state: str = "fp32",
     activations_bytes: int = 0,
@@ -155,6 +156,8 @@ def count_memory(
 
     Args:
         master: trained weights of fewer than 32 bits have a float32 copy.
+        fp32_gradients: the gradients of such weights are summed in float32, as our trainer does: 18 bytes a
+            parameter where the usual account (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1) says 16.
         optimizer: a key of MOMENTS.
         optimizer_state: in what the moments are kept: fp32, bf16 or int8.
 
@@ -165,10 +168,11 @@ def count_memory(
     state = _known(STATE_BYTES, optimizer_state, "train.optimizer_state")
     specs = list(specs)
     trained = [spec for spec in specs if spec.trainable]
+    least = 4 if master and fp32_gradients else 1
     return Memory(
         weights_bytes=sum(spec.nbytes for spec in specs),
         master_bytes=sum(4 * spec.count for spec in trained if spec.item_bytes < 4) if master else 0,
-        gradients_bytes=sum(spec.nbytes for spec in trained),
+        gradients_bytes=sum(spec.count * max(least, spec.item_bytes) for spec in trained),
         optimizer_bytes=moments * state * sum(spec.count for spec in trained),
         activations_bytes=activations_bytes,
         overhead_bytes=overhead_bytes,

@@ -97,6 +97,7 @@ def make_plan(
     trainable: Iterable[torch.nn.Parameter] | None = None,
     loss: Callable[[Batch], torch.Tensor] | None = None,
     master: bool = True,
+    fp32_gradients: bool = True,
     optimizer: str = "adamw",
     optimizer_state: str = "fp32",
     calibration: Calibration | None = None,
@@ -112,12 +113,19 @@ def make_plan(
         loss: gives the loss of a batch as a scalar with the model above; with it, activations and FLOPs are traced
             through the real forward and backward instead of estimated.
         master: trained weights of fewer than 32 bits have a float32 copy.
+        fp32_gradients: and their gradients are summed in float32, as the trainer does.
         calibration: how fast the machine is; None leaves `seconds` out.
         item_bytes: of an activation, for the estimate; None takes the size of the largest weight's numbers.
         recompute: activations of a block are computed again in the backward, for the estimate.
     """
     specs = tensor_specs(model, trainable)
-    state = count_memory(specs, master=master, optimizer=optimizer, optimizer_state=optimizer_state)
+    state = count_memory(
+        specs,
+        master=master,
+        fp32_gradients=fp32_gradients,
+        optimizer=optimizer,
+        optimizer_state=optimizer_state,
+    )
     if loss is not None:
         from tunesmith.plan.trace import trace
 

@@ -1,12 +1,13 @@
 """A plan as a person reads it in the terminal: bars for memory, one line for the work.
 
-GB is 10^9 bytes, and only here: everything inside counts bytes.
+How amounts are written is in `core.amounts`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
+
+from tunesmith.core.amounts import in_bytes, in_count, in_time
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -49,35 +50,6 @@ def bar(value: float, largest: float, width: int) -> str:
         return ""
     eighths = max(1, round(8 * width * value / largest))
     return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
-
-
-def in_bytes(count: float) -> str:
-    """Bytes for people: 48.0 GB, 731 MB, 12 kB; powers of ten."""
-    return _scaled(count, ("bytes", "kB", "MB", "GB", "TB", "PB"))
-
-
-def in_count(count: float) -> str:
-    """A number for people: 134.5 M, 2.1 G."""
-    return _scaled(count, ("", "k", "M", "G", "T", "P", "E", "Z", "Y")).strip()
-
-
-def in_time(seconds: float) -> str:
-    """Seconds for people: 48 s, 4 min 10 s, 3 h 12 min, 5 d 2 h."""
-    whole = math.ceil(seconds) if seconds < 10 else round(seconds)
-    for size, name, below, lower in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if whole >= size:
-            rest = whole % size // below
-            return f"{whole // size} {name}" + (f" {rest} {lower}" if rest else "")
-    return f"{whole} s"
-
-
-def _scaled(value: float, units: tuple[str, ...]) -> str:
-    step = 0
-    while abs(value) >= 999.5 and step < len(units) - 1:
-        value /= 1000
-        step += 1
-    digits = 0 if step == 0 or abs(value) >= 99.95 else 1
-    return f"{value:.{digits}f} {units[step]}"
 
 
 def _headline(plan: dict[str, Any]) -> str:
