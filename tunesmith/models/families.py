@@ -46,6 +46,11 @@ class Family:
     pad_offset: bool = False
 
     @property
+    def table(self) -> bool:
+        """Whether the family has an entry here, rather than a guess."""
+        return FAMILIES.get(self.name) is self
+
+    @property
     def roles(self) -> tuple[str, ...]:
         """The roles that this family has, in the usual order."""
         held = {role for roles, _ in self.fused.values() for role in roles}
@@ -58,7 +63,7 @@ class Family:
 
 
 def _llama(name: str, norms: Sequence[str] = ("input_layernorm", "post_attention_layernorm"), **more: Any) -> Family:
-    inside = {role: (f"self_attn.{role}_proj",) for role in "qkvo"}
+    inside: dict[str, tuple[str, ...]] = {role: (f"self_attn.{role}_proj",) for role in "qkvo"}
     inside |= {role: (f"mlp.{role}_proj",) for role in ("gate", "up", "down")}
     inside["norm"] = tuple(norms)
     outside = {"embed": ("embed_tokens",), "head": ("lm_head",), "norm": ("norm",)}
@@ -66,7 +71,7 @@ def _llama(name: str, norms: Sequence[str] = ("input_layernorm", "post_attention
 
 
 def _bert(name: str, query: str, key: str, value: str, out: str = "attention.output.dense", **more: Any) -> Family:
-    inside = {"q": (query,), "k": (key,), "v": (value,), "o": (out,)}
+    inside: dict[str, tuple[str, ...]] = {"q": (query,), "k": (key,), "v": (value,), "o": (out,)}
     inside |= {"up": ("intermediate.dense",), "down": ("output.dense",)}
     inside["norm"] = ("attention.output.LayerNorm", "attention.LayerNorm", "output.LayerNorm")
     outside = {"embed": ("embeddings.word_embeddings",), "norm": ("embeddings.LayerNorm",)}
@@ -74,7 +79,7 @@ def _bert(name: str, query: str, key: str, value: str, out: str = "attention.out
 
 
 def _two_layer(name: str, blocks: str, attention: str, out: str, up: str, down: str, norms: Sequence[str]) -> Family:
-    inside = {role: (f"{attention}.{role}_proj",) for role in "qkv"}
+    inside: dict[str, tuple[str, ...]] = {role: (f"{attention}.{role}_proj",) for role in "qkv"}
     inside |= {"o": (f"{attention}.{out}",), "up": (up,), "down": (down,), "norm": tuple(norms)}
     outside = {"embed": ("embed_tokens",), "head": ("lm_head",)}
     return Family(name, "decoder", (blocks,), inside, outside, packed=True, head=True)
@@ -95,7 +100,7 @@ _T5_MLP = "DenseReluDense"
 
 def _t5(name: str) -> Family:
     attentions = ("layer.0.SelfAttention", "layer.1.EncDecAttention")
-    inside = {role: tuple(f"{place}.{role}" for place in attentions) for role in "qkvo"}
+    inside: dict[str, tuple[str, ...]] = {role: tuple(f"{place}.{role}" for place in attentions) for role in "qkvo"}
     for role, names in {"gate": ("wi_0",), "up": ("wi", "wi_1"), "down": ("wo",)}.items():
         inside[role] = tuple(f"layer.{index}.{_T5_MLP}.{leaf}" for index in (1, 2) for leaf in names)
     inside["norm"] = tuple(f"layer.{index}.layer_norm" for index in (0, 1, 2))

@@ -40,7 +40,7 @@ def guess(name: str, kind: Kind, model: nn.Module) -> Family:
 
 
 def _ends(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    found = {}
+    found: dict[str, tuple[str, ...]] = {}
     paths = {id(module): path for path, module in model.named_modules()}
     for role, getter in (("embed", "get_input_embeddings"), ("head", "get_output_embeddings")):
         module = getattr(model, getter, lambda: None)()

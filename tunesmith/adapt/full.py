@@ -1,0 +1,30 @@
+"""Full fine-tuning: every parameter of the model trains, in place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from tunesmith.adapt.method import Method
+
+if TYPE_CHECKING:
+    from tunesmith.adapt.adapter import Adapter
+    from tunesmith.models.load import Loaded
+
+
+class Full(Method):
+    """Trains everything; tied weights train as one. The base is gone afterwards: load it again to compare."""
+
+    kind: Literal["full"] = "full"
+
+    def attach(self, loaded: Loaded, name: str = "default", seed: int = 0) -> Adapter:
+        """Unfreezes every parameter. Raises AdapterError when another adapter is attached."""
+        from tunesmith.adapt.adapter import Adapter
+        from tunesmith.core.errors import AdapterError
+        from tunesmith.models.ports import attached_to
+
+        others = attached_to(loaded.model).names
+        if others:
+            raise AdapterError(f"full tuning changes the base below the adapter {others[0]}", hint="detach it first")
+        adapter = Adapter(name, self, loaded)
+        adapter.train_in_place()
+        return adapter.close()

@@ -1,0 +1,113 @@
+"""Cross-entropy of a language head without the tokens x vocabulary matrix.
+
+The one idea: a token's loss depends on its own hidden state alone, so with a frozen head the gradient of that state is
+made in the forward, chunk by chunk, while its logits are at hand; the backward only scales it. A head that trains goes
+through `plain_losses`, which recomputes each chunk instead. Both are the same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tunesmith.models.route import checkpoint_contexts
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """What a family does to the product of hidden state and head.
+
+    Attributes:
+        scale: logits are multiplied by it (cohere; granite divides).
+        cap: logits z become cap x tanh(z / cap) (gemma2); None leaves them.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """Logits in float32."""
+        logits = raw.float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def pull_back(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """The gradient of the raw product from the gradient of the logits."""
+        if self.cap is not None:
+            gradient = gradient * (1 - (logits / self.cap).square())
+        return gradient if self.scale == 1.0 else gradient * self.scale
+
+
+def chunk_rows(device: torch.device) -> int:
+    """Rows of logits at a time: on a CPU they should stay in its cache, an accelerator wants large products."""
+    return 128 if device.type == "cpu" else 1024
+
+
+def fused_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, shaping: Shaping) -> Tensor:
+    """Negative log-likelihoods with a frozen head.
+
+    Args:
+        hidden: [rows, width], in the dtype of `weight`.
+        weight: [vocabulary, width]; no gradient is made for it or for `bias`.
+        targets: int64 [rows].
+
+    Returns:
+        float32 [rows], differentiable in `hidden`.
+    """
+    losses: Tensor = _Fused.apply(hidden, weight, bias, targets, shaping)  # type: ignore[no-untyped-call]
+    return losses
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, shaping: Shaping
+    ) -> Tensor:
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        rows = chunk_rows(hidden.device)
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
+            logits = shaping(torch.nn.functional.linear(hidden[part], weight, bias))
+            total = torch.logsumexp(logits, -1)
+            wanted = targets[part, None]
+            losses[part] = total - logits.gather(1, wanted)[:, 0]
+            if gradient is not None:
+                pull = torch.exp(logits - total[:, None])
+                pull.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=pull.dtype))
+                gradient[part] = shaping.pull_back(pull, logits).to(weight.dtype) @ weight
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        # the product in float32: the weight of a step can be large
+        return (gradient * grads[0][:, None]).to(gradient.dtype), None, None, None, None
+
+
+def plain_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, shaping: Shaping) -> Tensor:
+    """Negative log-likelihoods through any head, float32 [rows]; logits live for one chunk at a time.
+
+    Gradients reach `hidden`, the head's weights and its inserts; each chunk is computed again in the backward.
+    """
+    rows = chunk_rows(hidden.device) * 4  # a head's own gradient is as large as the head, once a chunk
+
+    def losses(part: Tensor, wanted: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(shaping(head(part)), wanted, reduction="none")
+
+    parts = []
+    for start in range(0, len(targets), rows):
+        part = hidden[start : start + rows], targets[start : start + rows]
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(losses, *part, use_reentrant=False, context_fn=checkpoint_contexts))
+        else:
+            parts.append(losses(*part))
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)

@@ -1,0 +1,174 @@
+"""The model as objectives see it: losses, logits and hidden states of a batch of documents, under a fixed route.
+
+The one idea: documents lie end to end without padding and logits exist only where they are asked for. Families that
+cannot do so run padded behind the same three functions; what differs is decided by the family's table entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.core.errors import ConfigError
+from tunesmith.models import attention
+from tunesmith.models.cross_entropy import Shaping, fused_losses, plain_losses
+from tunesmith.models.families import setting
+from tunesmith.models.ports import Port
+from tunesmith.models.recompute import keep, recompute
+from tunesmith.models.route import BASE, Route, Segments
+from tunesmith.models.targets import block_paths
+
+if TYPE_CHECKING:
+    from tunesmith.core.types import Batch
+    from tunesmith.models.load import Loaded
+
+
+class Policy:
+    """A loaded model under one route.
+
+    Args:
+        route: the adapters that act; none by default.
+        recompute: `full` computes every block again in the backward pass instead of keeping its activations.
+        packed: False runs padded although the family could do without.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        route: Route = BASE,
+        *,
+        recompute: Literal["none", "full"] = "none",
+        packed: bool = True,
+    ) -> None:
+        self.model, self.family, self.route = loaded.model, loaded.family, route
+        self.config = loaded.model.config
+        self.packed = packed and self.family.packed
+        if self.packed:
+            attention.use(self.model)
+        self.shaping = shaping_of(self.config)
+        self.recompute(recompute)
+
+    def train(self, mode: bool = True) -> Policy:
+        """Switches dropout, of the model and of adapters."""
+        self.model.train(mode)
+        return self
+
+    def recompute(self, how: Literal["none", "full"]) -> None:
+        """Switches activation recomputation for the whole model."""
+        blocks = [self.model.get_submodule(path) for path in block_paths(self.model, self.family)]
+        if how == "full" and not blocks:
+            raise ConfigError(f"the blocks of {self.family.name} are not known", where="train.recompute")
+        (recompute if how == "full" else keep)(blocks)
+
+    def token_losses(self, batch: Batch) -> Tensor:
+        """Negative log-likelihood of each target given what precedes it in its document.
+
+        Returns:
+            float32 [supervised], differentiable in what is trainable.
+
+        Raises:
+            ConfigError: the model does not generate text from left to right.
+        """
+        self._needs_decoder()
+        if not self.family.head:
+            logits = self._own_logits(batch)[batch.sources]
+            return nn.functional.cross_entropy(logits.float(), batch.targets, reduction="none")
+        hidden = self.hidden(batch)[batch.sources]
+        with self.route.enter():
+            weight, bias = self._frozen_head()
+            if weight is not None:
+                return fused_losses(hidden, weight, bias, batch.targets, self.shaping)
+            return plain_losses(hidden, self._head, batch.targets, self.shaping)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """What the last norm gives for every token: [tokens, width], in the model's dtype."""
+        with self._running(batch) as inputs:
+            output = self.model.base_model(**inputs)
+        states: Tensor = output.last_hidden_state
+        return states[0] if self.packed else states[_places(batch)]
+
+    def logits(self, batch: Batch, index: Tensor) -> Tensor:
+        """Logits after some tokens: `index` int64 [n] into `batch.ids`; float32 [n, vocabulary]."""
+        self._needs_decoder()
+        if not self.family.head:
+            return self._own_logits(batch)[index].float()
+        hidden = self.hidden(batch)[index]
+        with self.route.enter():
+            return self.shaping(self._head(hidden))
+
+    @property
+    def _head(self) -> Callable[[Tensor], Tensor]:
+        head: Callable[[Tensor], Tensor] = self.model.get_output_embeddings()
+        return head
+
+    def _frozen_head(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias of the head when nothing about it trains or acts; else nothing."""
+        head: Any = self._head
+        plain = head.base if isinstance(head, Port) else head
+        if type(plain) is not nn.Linear or (isinstance(head, Port) and any(True for _ in head.acting())):
+            return None, None
+        if torch.is_grad_enabled() and any(p.requires_grad for p in plain.parameters()):
+            return None, None
+        return plain.weight, plain.bias
+
+    def _own_logits(self, batch: Batch) -> Tensor:
+        with self._running(batch) as inputs:
+            logits: Tensor = self.model(**inputs).logits
+        return logits[0] if self.packed else logits[_places(batch)]
+
+    @contextmanager
+    def _running(self, batch: Batch) -> Iterator[dict[str, Any]]:
+        """Enters the route and answers the inputs of the forward pass."""
+        offset = int(self.config.pad_token_id) + 1 if self.family.pad_offset else 0
+        with self.route.enter():
+            if self.packed:
+                ids, positions = batch.ids[None], batch.positions[None] + offset
+                with Segments(batch.lengths).enter():
+                    yield {"input_ids": ids, "position_ids": positions, **self._flags}
+                return
+            places = _places(batch)
+            shape = len(batch.lengths), max(batch.lengths)
+            ids = batch.ids.new_zeros(shape).index_put(places, batch.ids)
+            seen = batch.ids.new_zeros(shape).index_put(places, torch.ones_like(batch.ids))
+            inputs = {"input_ids": ids, "attention_mask": seen, **self._flags}
+            if self.family.table:
+                # a family with a table takes positions; counted here, never found from pad ids
+                inputs["position_ids"] = batch.positions.new_zeros(shape).index_put(places, batch.positions + offset)
+            yield inputs
+
+    @property
+    def _flags(self) -> dict[str, Any]:
+        return {"use_cache": False} if self.family.kind == "decoder" else {}
+
+    def _needs_decoder(self) -> None:
+        if self.family.kind != "decoder":
+            raise ConfigError(
+                f"{self.family.name} is {_article(self.family.kind)} and cannot be trained on text to come",
+                where="objective",
+                hint="choose a decoder such as llama, qwen2 or gpt2",
+            )
+
+
+def shaping_of(config: Any) -> Shaping:
+    """What the family does to logits, from its config."""
+    scale = setting(config, "logit_scale")
+    if scale is None:
+        scale = 1.0 / float(setting(config, "logits_scaling") or 1.0)
+    cap = setting(config, "final_logit_softcapping")
+    return Shaping(float(scale), None if cap is None else float(cap))
+
+
+def _places(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Where each token lies in a padded batch: its row and its column."""
+    lengths = torch.tensor(batch.lengths, device=batch.ids.device)
+    rows = torch.arange(len(batch.lengths), device=batch.ids.device).repeat_interleave(lengths)
+    starts = torch.cumsum(lengths, 0) - lengths
+    return rows, torch.arange(batch.ids.numel(), device=batch.ids.device) - starts[rows]
+
+
+def _article(kind: str) -> str:
+    return {"encoder": "an encoder", "seq2seq": "an encoder-decoder"}.get(kind, kind)
