@@ -29,12 +29,8 @@ if TYPE_CHECKING:
 VERSION = 1  # of the conversion: part of the folder's name, so that a mended converter converts again
 
 
-def convert_gguf(path: Path | str, folder: Path | None = None, *, name: str = "") -> Path:
-    """The Hugging Face folder of a GGUF file, converted on first use.
-
-    Args:
-        folder: where to put it; by default the cache folder, under a name that holds the file's SHA-256.
-        name: what the model is called in messages and in the folder's tunesmith.json.
+def convert_gguf(path: Path | str) -> Path:
+    """The Hugging Face folder of a GGUF file, in the cache under a name that holds the file's SHA-256.
 
     Raises:
         ModelError: not a whole GGUF file, or of an architecture that neither we nor transformers can read.
@@ -42,14 +38,46 @@ def convert_gguf(path: Path | str, folder: Path | None = None, *, name: str = ""
     """
     path = Path(path)
     _check_start(path)
-    if folder is None:
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem)[:60]
-        folder = models_folder() / f"{stem}-{sha256_file(path)[:16]}-v{VERSION}"
-    with _one_process(folder.parent):
+    digest = sha256_file(path)
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem)[:60]
+    folder = models_folder() / f"{stem}-{digest[:16]}-v{VERSION}"
+    if (folder / "config.json").is_file():  # folders appear whole or not at all
+        return folder
+    with one_process(folder.parent):
         if not (folder / "config.json").is_file():
             with atomic_folder(folder) as work:
-                _convert(path, work, name or path.name)
+                write_folder(path, work, name=path.name, sha256=digest)
     return folder
+
+
+def write_folder(path: Path, work: Path, *, name: str, sha256: str) -> None:
+    """Converts a GGUF file into an existing folder; raises as `convert_gguf` does.
+
+    Args:
+        name: what the model is called in messages, and in tunesmith.json, which says where the folder came from.
+        sha256: of what it came from.
+    """
+    _check_start(path)
+    reader, metadata = _open(path)
+    architecture = metadata.get("general.architecture", "")
+    layout = LAYOUTS.get(architecture)
+    if layout is None or metadata.get(f"{architecture}.expert_count"):
+        _convert_by_transformers(path, work, architecture)
+    else:
+        config = _config(reader, metadata, layout, path)
+        _write_weights(reader, metadata, layout, work, name, str(path))
+        (work / "config.json").write_text(json.dumps(config, indent=1), "utf-8")
+    _write_generation_config(metadata, work)
+    write_tokenizer(metadata, work, str(path))
+    note = {"name": name, "from": "gguf", "sha256": sha256, "conversion": VERSION}
+    (work / "tunesmith.json").write_text(json.dumps(note, indent=1), "utf-8")
+
+
+def _config(reader: GGUFReader, metadata: dict[str, Any], layout: Layout, path: Path) -> dict[str, Any]:
+    try:
+        return config_of(reader, metadata, layout, str(path))
+    except KeyError as error:
+        raise ModelError(f"its metadata lacks {error}", where=str(path)) from error
 
 
 def models_folder() -> Path:
@@ -68,7 +96,7 @@ def _check_start(path: Path) -> None:
 
 
 @contextmanager
-def _one_process(folder: Path) -> Iterator[None]:
+def one_process(folder: Path) -> Iterator[None]:
     """Waits while another process converts into the same folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,22 +107,6 @@ def _one_process(folder: Path) -> Iterator[None]:
         if isinstance(error, TunesmithError):
             raise
         raise os_error(folder, error) from error
-
-
-def _convert(path: Path, work: Path, name: str) -> None:
-    reader, metadata = _open(path)
-    architecture = metadata.get("general.architecture", "")
-    layout = LAYOUTS.get(architecture)
-    if layout is None or metadata.get(f"{architecture}.expert_count"):
-        _convert_by_transformers(path, work, architecture)
-    else:
-        _write_weights(reader, metadata, layout, work, name, str(path))
-        config = config_of(reader, metadata, layout, str(path))
-        (work / "config.json").write_text(json.dumps(config, indent=1), "utf-8")
-    _write_generation_config(metadata, work)
-    write_tokenizer(metadata, work, str(path))
-    note = {"name": name, "from": "gguf", "sha256": sha256_file(path), "conversion": VERSION}
-    (work / "tunesmith.json").write_text(json.dumps(note, indent=1), "utf-8")
 
 
 def _open(path: Path) -> tuple[GGUFReader, dict[str, Any]]:
