@@ -1,0 +1,217 @@
+"""Which rows make an update, and how they are cut into micro-batches.
+
+Rows are taken in the order of the mixture until the step is full. The micro size only cuts a step that is
+already made, so it never changes which rows are learnt from together. The place after a step is a cursor of
+two integers, from which the same steps follow again; nothing else is remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from tunesmith.core.errors import ConfigError, DataError
+from tunesmith.data.order import Mixture
+
+
+class Encoded(Protocol):
+    """A row as tokens (`codec.Example`)."""
+
+    @property
+    def ids(self) -> Sequence[int]: ...
+
+
+class Left(Protocol):
+    """A row that is left out (`codec.Dropped`)."""
+
+    @property
+    def reason(self) -> str: ...
+
+
+E = TypeVar("E", bound=Encoded)
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place in the data: the next row to look at is `position` of `epoch`, both from 0."""
+
+    epoch: int = 0
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class Step(Generic[E]):
+    """The rows of one update.
+
+    Attributes:
+        number: which step of this stream, from 1.
+        micro_batches: the rows, in order, cut into what is computed at once.
+        cursor: the place after this step; a stream started there goes on with the next one.
+        epoch: how many epochs of rows have been looked at, 1.5 in the middle of the second.
+        dropped: rows that were looked at for this step and left out, by reason.
+    """
+
+    number: int
+    micro_batches: list[list[E]]
+    cursor: Cursor
+    epoch: float
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return sum(len(rows) for rows in self.micro_batches)
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and completion tokens."""
+        return sum(len(row.ids) for rows in self.micro_batches for row in rows)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large steps and micro-batches are: in tokens or in rows, at most so many, at least one row.
+
+    A micro size that is left out makes the whole step one micro-batch. Raises ConfigError unless exactly one
+    family is used.
+    """
+
+    tokens_per_step: int | None = None
+    rows_per_step: int | None = None
+    micro_batch_tokens: int | None = None
+    micro_batch_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        tokens, rows = (self.tokens_per_step, self.micro_batch_tokens), (self.rows_per_step, self.micro_batch_rows)
+        if (tokens[0] is None) == (rows[0] is None) or (tokens if tokens[0] is None else rows) != (None, None):
+            raise ConfigError(
+                "sizes are either tokens (tokens_per_step, micro_batch_tokens) or rows (rows_per_step, "
+                "micro_batch_rows)",
+                where="train",
+            )
+        for name, value in vars(self).items():
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it is at least 1", where="train")
+
+    def step_takes(self, rows: int, tokens: int) -> bool:
+        """Whether a step may hold so many rows of so many tokens in all."""
+        return _fits(rows, tokens, self.rows_per_step, self.tokens_per_step)
+
+    def micro_takes(self, rows: int, tokens: int) -> bool:
+        """Whether a micro-batch may hold so many rows of so many tokens in all."""
+        return _fits(rows, tokens, self.micro_batch_rows, self.micro_batch_tokens)
+
+
+def _fits(rows: int, tokens: int, most_rows: int | None, most_tokens: int | None) -> bool:
+    return rows <= 1 or ((most_rows is None or rows <= most_rows) and (most_tokens is None or tokens <= most_tokens))
+
+
+class StepStream(Generic[E]):
+    """The steps of a mixture, from a cursor on, one at a time.
+
+    Args:
+        mixture: the order of the rows.
+        example: (source, row) -> the row as tokens, or why it is left out.
+        sizes: of steps and micro-batches.
+        start: where to begin.
+        epochs: where to end: the last step then holds what is left. None goes on for ever.
+
+    Iterating raises DataError when a whole epoch holds no row that can be learnt from.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        example: Callable[[int, int], E | Left],
+        sizes: Sizes,
+        *,
+        start: Cursor | None = None,
+        epochs: int | None = None,
+    ) -> None:
+        self.mixture, self.example, self.sizes = mixture, example, sizes
+        self.start, self.epochs = start or Cursor(), epochs
+
+    def __iter__(self) -> Iterator[Step[E]]:
+        rows: list[E] = []
+        tokens, number, cursor = 0, 0, self.start
+        dropped: dict[str, int] = {}
+        since: dict[str, int] = {}  # left out behind the cursor: they are met again by a stream that starts there
+        for following, row in self._rows():
+            if isinstance(row, str):
+                since[row] = since.get(row, 0) + 1
+                continue
+            if not self.sizes.step_takes(len(rows) + 1, tokens + len(row.ids)):
+                number += 1
+                yield self._step(number, rows, cursor, dropped)
+                rows, tokens, dropped = [], 0, {}
+            rows.append(row)
+            tokens += len(row.ids)
+            dropped, since, cursor = _sum(dropped, since), {}, following
+        if rows:
+            yield self._step(number + 1, rows, Cursor(self.epochs or 0, 0), _sum(dropped, since))
+
+    def _rows(self) -> Iterator[tuple[Cursor, E | str]]:
+        """Each row, or the reason why it is left out, with the place behind it."""
+        size = len(self.mixture)
+        epoch, position, idle_rows = self.start.epoch, self.start.position, 0
+        while self.epochs is None or epoch < self.epochs:
+            row = self.example(*self.mixture.pick(epoch, position))
+            epoch, position = (epoch, position + 1) if position + 1 < size else (epoch + 1, 0)
+            reason = getattr(row, "reason", None)
+            idle_rows = idle_rows + 1 if reason else 0
+            if idle_rows >= size:
+                raise DataError(f"0 of {size} rows can be learnt from; the last was left out because: {reason}")
+            yield Cursor(epoch, position), reason or row  # type: ignore[misc]
+
+    def _step(self, number: int, rows: list[E], cursor: Cursor, dropped: dict[str, int]) -> Step[E]:
+        epoch = cursor.epoch + cursor.position / len(self.mixture)
+        return Step(number, self._cut(rows), cursor, epoch, dropped)
+
+    def _cut(self, rows: list[E]) -> list[list[E]]:
+        cut: list[list[E]] = [[]]
+        tokens = 0
+        for row in rows:
+            if not self.sizes.micro_takes(len(cut[-1]) + 1, tokens + len(row.ids)):
+                cut.append([])
+                tokens = 0
+            cut[-1].append(row)
+            tokens += len(row.ids)
+        return cut
+
+
+def _sum(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    return {reason: one.get(reason, 0) + other.get(reason, 0) for reason in {**one, **other}}
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a number of epochs comes to: updates, kept rows and their tokens, rows left out by reason."""
+
+    steps: int
+    rows: int
+    tokens: int
+    dropped: dict[str, int]
+
+
+def count_steps(
+    mixture: Mixture,
+    example: Callable[[int, int], E | Left],
+    sizes: Sizes,
+    epochs: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Totals:
+    """Walks the steps of so many epochs and counts them exactly, holding one step at a time.
+
+    Args:
+        progress: called with (rows looked at, rows in all) after each step.
+
+    Raises: DataError where nothing can be learnt from.
+    """
+    steps = rows = tokens = 0
+    dropped: dict[str, int] = {}
+    for step in StepStream(mixture, example, sizes, epochs=epochs):
+        steps, rows, tokens = step.number, rows + step.rows, tokens + step.tokens
+        dropped = _sum(dropped, step.dropped)
+        if progress is not None:
+            progress(round(step.epoch * len(mixture)), len(mixture) * epochs)
+    return Totals(steps, rows, tokens, dropped)
