@@ -1,0 +1,62 @@
+"""The table of metrics. Names and their lines cost nothing; a metric's libraries load when it is used."""
+
+from tunesmith.core.registry import Registry
+
+METRICS = Registry(
+    "metric",
+    {
+        "loss": (
+            "tunesmith.evaluate.metrics.losses:Loss",
+            "mean negative log-likelihood of a supervised token, nats",
+        ),
+        "perplexity": (
+            "tunesmith.evaluate.metrics.losses:Perplexity",
+            "exp of the loss, by token over all rows",
+        ),
+        "bleu": ("tunesmith.evaluate.metrics.bleu:Bleu", "BLEU as sacrebleu computes it, 0-100"),
+        "chrf": (
+            "tunesmith.evaluate.metrics.bleu:ChrF",
+            "character n-gram F-score as sacrebleu computes it, 0-100",
+        ),
+        "rouge1": (
+            "tunesmith.evaluate.metrics.rouge:Rouge1",
+            "shared words, F-measure of rouge-score, 0-100",
+        ),
+        "rouge2": (
+            "tunesmith.evaluate.metrics.rouge:Rouge2",
+            "shared word pairs, F-measure of rouge-score, 0-100",
+        ),
+        "rougeL": (
+            "tunesmith.evaluate.metrics.rouge:RougeL",
+            "longest common subsequence, rouge-score, 0-100",
+        ),
+        "rougeLsum": (
+            "tunesmith.evaluate.metrics.rouge:RougeLsum",
+            "the same line by line, rouge-score, 0-100",
+        ),
+        "bleu_mteval": (
+            "tunesmith.evaluate.metrics.mteval:BleuMteval",
+            "BLEU of the E2E challenge (mteval), 0-100",
+        ),
+        "nist": ("tunesmith.evaluate.metrics.mteval:Nist", "NIST of the E2E challenge (mteval), from 0"),
+        "meteor": (
+            "tunesmith.evaluate.metrics.meteor:Meteor",
+            "METEOR 1.5, needs Java and the extra meteor, 0-100",
+        ),
+        "rougeL_coco": (
+            "tunesmith.evaluate.metrics.coco:RougeLCoco",
+            "ROUGE-L of the E2E challenge (COCO), 0-100",
+        ),
+        "cider": ("tunesmith.evaluate.metrics.coco:Cider", "CIDEr-D of the E2E challenge (COCO), 0-10"),
+        "exact_match": (
+            "tunesmith.evaluate.metrics.match:ExactMatch",
+            "share equal to a reference, per cent",
+        ),
+        "f1": ("tunesmith.evaluate.metrics.match:TokenF1", "shared words with the best reference, per cent"),
+        "accuracy": ("tunesmith.evaluate.metrics.match:Accuracy", "share of right labels, per cent"),
+        "valid_json": ("tunesmith.evaluate.metrics.match:ValidJson", "share that parses as JSON, per cent"),
+    },
+)
+
+E2E = ("bleu_mteval", "nist", "meteor", "rougeL_coco", "cider")
+"""The five of the E2E challenge, equal to its reference implementation; `e2e` in a list of metrics means these."""
