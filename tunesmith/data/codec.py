@@ -21,9 +21,9 @@ from tunesmith.core.errors import ModelError
 from tunesmith.core.files import os_error, read_json
 
 # Added tokens that are words of a markup language (gemma has them) are ordinary text, not structure of a dialogue.
-_MARKUP = frozenset(
-    "a b i s u p em br hr td th tr li ol ul h1 h2 h3 h4 h5 h6 del ins sub sup div pre img code span body head html "
-    "table thead tbody tfoot strong caption blockquote".split()
+_MARKUP = re.compile(
+    r"[abispu]|em|[bht]r|t[dh]|li|[ou]l|h\d|del|ins|su[bp]|div|pre|img|code|span|body|head|html|table|thead|tbody|tfoot"
+    r"|strong|caption|blockquote"
 )
 _BRACKETED = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|\uff5c?<[^<>]*\uff5c>|<\|[^<>]*\|>")
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
@@ -303,7 +303,7 @@ def _controls(tokenizer: Tokenizer, named: set[str]) -> dict[str, Control]:
 
 
 def _is_structural(text: str) -> bool:
-    return bool(_BRACKETED.fullmatch(text)) and text.strip("</>").lower() not in _MARKUP
+    return bool(_BRACKETED.fullmatch(text)) and not _MARKUP.fullmatch(text.strip("</>").lower())
 
 
 def _alternatives(controls: dict[str, Control]) -> re.Pattern[str]:

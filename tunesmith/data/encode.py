@@ -1,0 +1,126 @@
+"""Rows as training examples and as prompts: token ids, what is learnt of them, and what had to be cut.
+
+The one idea: an answer is whole or absent. A row that is too long loses the start of its prompt; a row whose answer
+does not fit is left out with a reason. The text comes from `templates`, the ids from `codec`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tunesmith.core.errors import ConfigError
+from tunesmith.data.codec import Codec
+from tunesmith.data.rows import Dialogue, Labelled, Message, Row, Text
+from tunesmith.data.templates import Template, render
+
+TOO_LONG = "the answer alone is longer than max_length"
+NOTHING = "no token to learn"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A row as tokens.
+
+    Attributes:
+        ids: token ids of prompt and answers.
+        supervised: for each token, whether it is learnt, that is, predicted from those before it; never the first.
+        where: file and line.
+        truncated_tokens: how many were cut off to fit.
+        escaped: how many control-token strings of the row were encoded as ordinary text.
+    """
+
+    ids: list[int]
+    supervised: list[bool]
+    where: str = ""
+    truncated_tokens: int = 0
+    escaped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A row that cannot be learnt from, and why."""
+
+    reason: str
+    where: str = ""
+
+
+def encode_row(row: Row, template: Template, codec: Codec, max_length: int) -> Example | Dropped:
+    """One row as at most `max_length` tokens. Raises DataError when the template does not take it."""
+    if isinstance(row, Text):
+        return _encode_text(row, codec, max_length)
+    dialogue = row.dialogue() if isinstance(row, Labelled) else row
+    rendered = render(dialogue, template)
+    ids, supervised = codec.encode(rendered)
+    found = _fit(ids, supervised, max_length, keep=1 if ids[:1] == [codec.bos] else 0)
+    if isinstance(found, str):
+        return Dropped(found, dialogue.where)
+    return Example(*found, dialogue.where, len(ids) - len(found[0]), len(rendered.protected))
+
+
+def prompt_ids(
+    dialogue: Dialogue | Labelled, template: Template, codec: Codec, shots: Sequence[Dialogue] = ()
+) -> list[int]:
+    """What a model is given to answer `dialogue`: exactly how its training example starts, solved `shots` before it.
+
+    A last assistant turn is the answer and left out.
+    """
+    found = dialogue.dialogue() if isinstance(dialogue, Labelled) else dialogue
+    turns = found.prompt if found.messages[-1].role == "assistant" else found.messages
+    asked = Dialogue(_with_shots(turns, shots, plain=template.name == "plain"), found.where)
+    return codec.encode(render(asked, template, generate=True))[0]
+
+
+def _encode_text(row: Text, codec: Codec, max_length: int) -> Example | Dropped:
+    start = [codec.bos] if codec.adds_bos and codec.bos is not None else []
+    ids = start + codec.encode_text(row.text) + ([codec.eos] if codec.eos is not None else [])
+    kept = ids[:max_length]
+    if len(kept) < 2 or not row.text:
+        return Dropped(NOTHING, row.where)
+    return Example(kept, [False] + [True] * (len(kept) - 1), row.where, len(ids) - len(kept))
+
+
+def _fit(
+    ids: list[int], supervised: list[bool], max_length: int, keep: int
+) -> tuple[list[int], list[bool]] | str:
+    """Cuts to `max_length`: first what follows the last answer, then the start behind the first `keep` tokens."""
+    learnt = [False, *supervised[1:]]  # nothing predicts the first token
+    if True not in learnt:
+        return NOTHING
+    if len(ids) <= max_length:
+        return ids, learnt
+    answered = len(learnt) - learnt[::-1].index(True)
+    end = max(answered, max_length)
+    begin = keep + end - max_length
+    kept = learnt[begin:end]
+    if begin > keep:
+        # an answer that lost its beginning, or all of its prompt, is read and not learnt
+        first = kept.index(False) if False in kept else len(kept)
+        kept[:first] = [False] * first
+    if True not in kept:
+        return TOO_LONG
+    return ids[:keep] + ids[begin:end], learnt[:keep] + kept
+
+
+def _with_shots(turns: Sequence[Message], shots: Sequence[Dialogue], plain: bool) -> tuple[Message, ...]:
+    if not shots:
+        return tuple(turns)
+    system = [turn for turn in turns[:1] if turn.role == "system"]
+    rest = list(turns[len(system) :])
+    if plain and rest:
+        # a bare model goes on with a list of solved cases; an end token between them would end the list
+        cases = ["".join(message.text for message in shot.messages) for shot in shots]
+        first = Message(rest[0].role, "\n\n".join([*cases, rest[0].text]))
+        return (*system, first, *rest[1:])
+    solved = [message for shot in shots for message in shot.messages if message.role != "system"]
+    return (*system, *solved, *rest)
+
+
+def stop_ids(template: Template, codec: Codec) -> frozenset[int]:
+    """The token ids that end an answer. Raises ConfigError when there is none."""
+    found = template.stop_ids | codec.stop_ids
+    if not found:
+        raise ConfigError(
+            "neither template nor tokenizer names a token that ends an answer", where=str(codec.folder)
+        )
+    return found
