@@ -275,6 +275,25 @@ def test_live_storages_count_each_storage_once_and_let_it_go():
     assert live.peak_bytes == 400
 
 
+def test_what_was_there_before_counts_nothing_however_it_is_viewed():
+    """Kills: taking a transposed weight for an activation."""
+    weight = torch.zeros(50, 20)
+    with LiveStorages() as live:
+        views = [weight.T, weight[3], weight.detach(), weight.add_(1)]
+        assert live.peak_bytes == 0
+        y = torch.zeros(4, 20) @ views[0]
+    assert live.now_bytes == y.numel() * 4
+
+
+def test_finished_gradients_are_counted_apart_from_activations():
+    """Kills: leaving them among the activations."""
+    model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(6)])
+    found = measure(model, lambda: model(torch.zeros(1, 64)).sum(), 1)
+    one = 4 * 64 * 64
+    assert found.activations_bytes < 3 * one
+    assert found.peak_bytes >= 6 * one
+
+
 def run_really(model: nn.Module, lengths: list[int], share: float):
     batch = sample_batch(lengths, share)
     model.zero_grad(set_to_none=True)

@@ -56,9 +56,14 @@ class LiveStorages(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        # what shares an input's storage is nothing new, be the input counted or from before
+        known = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+        }
         produced = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in produced:
-            self._hold(tensor)
+            if tensor.untyped_storage()._cdata not in known:
+                self._hold(tensor)
         if produced and not func.is_view:
             self._work(func, args, kwargs, out, produced)
         return out

@@ -1,0 +1,241 @@
+"""Small pictures for the report, as SVG text: curves, bars with intervals, histograms.
+
+Written by hand rather than by a plotting library: they take the page's colours (light and dark), show values under
+the pointer through CSS alone, and weigh a few kilobytes. Everything that comes from data is escaped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+Point = tuple[float, float]
+
+_WIDTH, _HEIGHT = 460, 230
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 26, 30
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart.
+
+    Attributes:
+        name: in the legend and beside values.
+        points: (x, y), ascending in x; y is finite.
+        kind: `main`, `faint` or `second`: how the page draws it.
+    """
+
+    name: str
+    points: Sequence[Point]
+    kind: str = "main"
+
+
+def line_chart(
+    title: str, series: Sequence[Series], number: Callable[[float], str], x_name: str = "step"
+) -> Markup:
+    """A chart of lines with values under the pointer; empty when no series has a point."""
+    series = [one for one in series if one.points]
+    if not series:
+        return Markup("")
+    xs = [x for one in series for x, _ in one.points]
+    ys = [y for one in series for _, y in one.points]
+    across, up = _scale(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT), _vertical(ys)
+    ticks = nice_ticks(min(ys), max(ys), 5)
+    parts = [_grid(ticks, up, number), _across_ticks(min(xs), max(xs), across, x_name)]
+    parts += [_line(one, across, up) for one in series]
+    parts.append(_legend(series))
+    parts.append(_hover(series, across, up, number, x_name))
+    label = f"{title}: " + "; ".join(_summary(one, number, x_name) for one in series if one.kind != "faint")
+    return _svg("chart", _WIDTH, _HEIGHT, label, parts)
+
+
+def interval_bar(value: float, low: float | None, high: float | None, span: tuple[float, float]) -> Markup:
+    """A bar from zero to a value with its interval as a whisker, on a scale shared by its neighbours."""
+    across = _scale(min(0.0, span[0]), max(span[1], 0.0), 1, 299)
+    zero, end = across(0.0), across(value)
+    parts = [_tag("rect", "bar", x=min(zero, end), y=3, width=max(1.0, abs(end - zero)), height=12, rx=2)]
+    if low is not None and high is not None:
+        x1, x2 = across(low), across(high)
+        parts.append(_tag("path", "whisker", d=f"M{x1:.1f} 9H{x2:.1f}M{x1:.1f} 5V13M{x2:.1f} 5V13"))
+    return _svg("interval", 300, 18, "", parts, stretch=True)
+
+
+def histogram(bins: Sequence[tuple[str, float]], name: str) -> Markup:
+    """Columns with their labels; each shows its number under the pointer."""
+    most = max((count for _, count in bins), default=0)
+    if most <= 0:
+        return Markup("")
+    width, floor = (_WIDTH - 20) / len(bins), 150 - 24
+    parts = []
+    every = max(1, math.ceil(len(bins) / 8))
+    for index, (label, count) in enumerate(bins):
+        tall = max(1.0, (floor - 22) * count / most) if count else 0.0
+        x = 10 + index * width
+        text = _text("tip", x + width / 2, floor - tall - 6, f"{count:,.0f}", "middle")
+        bar = _tag("rect", "bar", x=x + 1, y=floor - tall, width=max(1.0, width - 2), height=tall, rx=2)
+        hit = _tag("rect", "hit", x=x, y=0, width=width, height=floor)
+        shown = _text("tick", x + width / 2, floor + 16, label, "middle") if index % every == 0 else ""
+        parts.append(f'<g class="point">{bar}{hit}{text}</g>{shown}')
+    label = f"{name}: " + ", ".join(f"{label} {count:,.0f}" for label, count in bins)
+    return _svg("histogram", _WIDTH, 150, label, parts)
+
+
+def stacked_bar(parts: Sequence[tuple[str, float]]) -> Markup:
+    """One bar made of parts; the page colours part-0, part-1, ... and writes the legend."""
+    total = sum(value for _, value in parts)
+    if total <= 0:
+        return Markup("")
+    shapes, x = [], 0.0
+    for index, (_, value) in enumerate(parts):
+        width = 600 * value / total
+        shapes.append(_tag("rect", f"part-{index}", x=x, y=0, width=max(0.0, width - 1), height=14))
+        x += width
+    label = ", ".join(f"{name} {100 * value / total:.0f} %" for name, value in parts)
+    return _svg("stack", 600, 14, label, shapes, stretch=True)
+
+
+def smooth(points: Sequence[Point], window: int) -> list[Point]:
+    """Each value averaged with up to `window` before it, in the same places."""
+    found: list[Point] = []
+    total = 0.0
+    for index, (x, y) in enumerate(points):
+        total += y
+        if index >= window:
+            total -= points[index - window][1]
+        found.append((x, total / min(index + 1, window)))
+    return found
+
+
+def thin(points: Sequence[Point], most: int) -> list[Point]:
+    """At most about `most` points: means of neighbours, the first and last ones kept as they are."""
+    if len(points) <= most:
+        return list(points)
+    size = math.ceil((len(points) - 2) / max(1, most - 2))
+    groups = [points[start : min(start + size, len(points) - 1)] for start in range(1, len(points) - 1, size)]
+    inner = [
+        (sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups
+    ]
+    return [points[0], *inner, points[-1]]
+
+
+def nice_ticks(low: float, high: float, most: int) -> list[float]:
+    """Round numbers inside low..high, at most about `most`; both ends may lie outside of them."""
+    if not high > low:
+        return [low]
+    rough = (high - low) / most
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = next(size * times for times in (1, 2, 2.5, 5, 10) if size * times >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [step * index for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    spread = high - low or 1.0
+    return lambda value: start + (end - start) * (value - low) / spread
+
+
+def _vertical(ys: Sequence[float]) -> Callable[[float], float]:
+    low, high = min(ys), max(ys)
+    margin = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
+    return _scale(low - margin, high + margin, _HEIGHT - _BOTTOM, _TOP)
+
+
+def _grid(ticks: Sequence[float], up: Callable[[float], float], number: Callable[[float], str]) -> str:
+    parts = []
+    for tick in ticks:
+        y = up(tick)
+        parts.append(_tag("path", "grid", d=f"M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"))
+        parts.append(_text("tick", _LEFT - 7, y + 4, number(tick), "end"))
+    return "".join(parts)
+
+
+def _across_ticks(low: float, high: float, across: Callable[[float], float], name: str) -> str:
+    ticks = [tick for tick in nice_ticks(low, high, 5) if tick == int(tick)] or [low]
+    parts = []
+    for index, tick in enumerate(ticks):
+        text = f"{name} {tick:,.0f}" if index == len(ticks) - 1 else f"{tick:,.0f}"
+        x = across(tick)
+        at_edge = x > _WIDTH - 50
+        parts.append(
+            _text("tick", x if not at_edge else _WIDTH - 4, _HEIGHT - 9, text, "end" if at_edge else "middle")
+        )
+    return "".join(parts)
+
+
+def _line(one: Series, across: Callable[[float], float], up: Callable[[float], float]) -> str:
+    points = thin(one.points, 300)
+    if len(points) == 1:
+        return _tag("circle", f"dot {one.kind}", cx=across(points[0][0]), cy=up(points[0][1]), r=3)
+    path = "L".join(f"{across(x):.1f} {up(y):.1f}" for x, y in points)
+    dots = ""
+    if len(points) <= 12:
+        dots = "".join(_tag("circle", f"dot {one.kind}", cx=across(x), cy=up(y), r=2.5) for x, y in points)
+    return _tag("path", f"line {one.kind}", d=f"M{path}") + dots
+
+
+def _legend(series: Sequence[Series]) -> str:
+    if len(series) < 2:
+        return ""
+    parts, x = [], float(_LEFT)
+    for one in series:
+        parts.append(_tag("path", f"line {one.kind}", d=f"M{x:.0f} 12h16"))
+        parts.append(_text("tick", x + 21, 16, one.name, "start"))
+        x += 35 + 6.6 * len(one.name)
+    return "".join(parts)
+
+
+def _hover(
+    series: Sequence[Series],
+    across: Callable[[float], float],
+    up: Callable[[float], float],
+    number: Callable[[float], str],
+    x_name: str,
+) -> str:
+    lead = next((one for one in series if one.kind == "main"), series[0])
+    points = thin(lead.points, 60)
+    others = [one for one in series if one is not lead and one.kind != "faint"]
+    width = (_WIDTH - _LEFT - _RIGHT) / len(points)
+    parts = []
+    for x, y in points:
+        here, height = across(x), up(y)
+        near = [(one.name, _nearest(one.points, x)) for one in others]
+        values = [number(y)] + [f"{name} {number(value)}" for name, value in near]
+        text = f"{x_name} {x:,.0f}: {', '.join(values)}"
+        box = _tag("rect", "hit", x=here - width / 2, y=_TOP, width=width, height=_HEIGHT - _TOP - _BOTTOM)
+        guide = _tag("path", "guide", d=f"M{here:.1f} {_TOP}V{_HEIGHT - _BOTTOM}")
+        dot = _tag("circle", "dot main", cx=here, cy=height, r=3.5)
+        tip = _text("tip", _WIDTH - _RIGHT, 16, text, "end")
+        parts.append(f'<g class="point">{box}{guide}{dot}{tip}</g>')
+    return "".join(parts)
+
+
+def _nearest(points: Sequence[Point], x: float) -> float:
+    return min(points, key=lambda point: abs(point[0] - x))[1]
+
+
+def _summary(one: Series, number: Callable[[float], str], x_name: str) -> str:
+    (x0, y0), (x1, y1) = one.points[0], one.points[-1]
+    return f"{one.name} from {number(y0)} at {x_name} {x0:,.0f} to {number(y1)} at {x_name} {x1:,.0f}"
+
+
+def _svg(
+    kind: str, width: int, height: int, label: str, parts: Sequence[str], stretch: bool = False
+) -> Markup:
+    role = f'role="img" aria-label="{escape(label)}"' if label else 'aria-hidden="true"'
+    aspect = ' preserveAspectRatio="none"' if stretch else ""
+    return Markup(f'<svg class="{kind}" viewBox="0 0 {width} {height}"{aspect} {role}>{"".join(parts)}</svg>')
+
+
+def _tag(name: str, kind: str, **numbers: float | str) -> str:
+    shown = " ".join(
+        f'{key}="{value:.1f}"' if isinstance(value, float) else f'{key}="{escape(value)}"'
+        for key, value in numbers.items()
+    )
+    return f'<{name} class="{kind}" {shown}/>'
+
+
+def _text(kind: str, x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
