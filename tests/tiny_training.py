@@ -122,7 +122,9 @@ def _pick(data: list[Row], seed: int, place: int) -> Row:
 
 
 def settings(**changes: Any) -> TrainSection:
-    return TrainSection(**{"steps": 12, "rows_per_step": 5, "micro_batch_rows": 2, "save_every": 4, "lr": 1e-2} | changes)
+    return TrainSection(
+        **{"steps": 12, "rows_per_step": 5, "micro_batch_rows": 2, "save_every": 4, "lr": 1e-2} | changes
+    )
 
 
 def run(

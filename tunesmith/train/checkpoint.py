@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +52,11 @@ class State:
         cursor: where the data continues; empty at the very start.
         epoch: passes over the data so far.
         tokens, supervised_tokens, rows: consumed so far.
+        dropped: rows met and left out so far, by reason.
         best_value, best_step: of the metric to stop on.
         bad_evaluations: evaluations in a row without a new best.
         reason: why the run is over; empty while it is not.
-        pending: the record of the last step, when the run was stopped before its evaluation was done.
+        pending: the record of the last step as JSON, when the run was stopped before its evaluation was done.
     """
 
     step: int = 0
@@ -64,11 +65,12 @@ class State:
     tokens: int = 0
     supervised_tokens: int = 0
     rows: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
     best_value: float | None = None
     best_step: int | None = None
     bad_evaluations: int = 0
     reason: str = ""
-    pending: dict[str, Any] | None = None
+    pending: str = ""
 
 
 @dataclass(frozen=True)
@@ -170,13 +172,13 @@ class Checkpoints:
             except CheckpointError as error:
                 rejected.append((step, error))
                 continue
-            for bad, error in rejected:
+            for bad, why in rejected:
                 lost = f"step {step} is used instead, {bad - step} steps are repeated"
-                log.warning("checkpoint of step %d is damaged: %s; %s", bad, error, lost)
+                log.warning("checkpoint of step %d is damaged: %s; %s", bad, why, lost)
                 self._put_aside(bad)
             return found
         if rejected:
-            reasons = "\n".join(f"  {error}" for _, error in rejected)
+            reasons = "\n".join(f"  {why}" for _, why in rejected)
             raise CheckpointError(f"no checkpoint can be used:\n{reasons}", where=str(self.folder))
         return None
 
@@ -283,6 +285,6 @@ def _check_file(path: Path, entry: dict[str, Any]) -> None:
 
 def _read_state(path: Path) -> State:
     raw = read_json(path / STATE, CheckpointError)
-    if set(raw) != {field.name for field in fields(State)}:
+    if set(raw) != {entry.name for entry in fields(State)}:
         raise CheckpointError("not the state of a run", where=str(path / STATE))
     return State(**raw)

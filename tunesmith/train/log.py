@@ -38,7 +38,8 @@ class MetricsLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             self._end = _end_of(path, step)
-            os.ftruncate(self._handle, self._end)
+            if os.fstat(self._handle).st_size != self._end:
+                os.ftruncate(self._handle, self._end)
         except OSError as error:
             raise os_error(path, error) from error
         self._warned = False

@@ -6,14 +6,15 @@ does between two updates can change the next one: all randomness is seeded by (s
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,15 +23,14 @@ from tunesmith.core.rng import seed_for
 from tunesmith.parallel.layout import Layout, Single
 from tunesmith.train.checkpoint import MOMENTS, WEIGHTS, Checkpoint, Checkpoints, State
 from tunesmith.train.log import MetricsLog, peak_bytes
-from tunesmith.train.optim import AdamW
+from tunesmith.train.optim import FIRST, SECOND, AdamW
 from tunesmith.train.precision import Precision
 from tunesmith.train.schedule import learning_rate
 from tunesmith.train.step import accumulate, fill_missing, update
 from tunesmith.train.stop import Cut, Signals, judge
+from tunesmith.train.tuned import Result, Tuned
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from tunesmith.core.types import Batch
     from tunesmith.data.pack import Cursor, Step
     from tunesmith.objectives.objective import Objective
@@ -41,59 +41,9 @@ log = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 
-class TrainablePolicy(Protocol):
-    """A policy whose dropout can be switched."""
-
-    def token_losses(self, batch: Batch) -> torch.Tensor: ...
-
-    def train(self, mode: bool = True) -> Any: ...
-
-
-class Tuned(Protocol):
-    """A model with something trainable on it.
-
-    Attributes:
-        parameters: all that is trained, by name, sorted; each tensor once.
-        policy: the model as objectives see it.
-    """
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]: ...
-
-    @property
-    def policy(self) -> TrainablePolicy: ...
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended. The weights of `tuned` are then those of `weights_step`.
-
-    Attributes:
-        step: updates done.
-        reason: steps, epochs, minutes, tokens or stop.
-        weights_step: the step whose weights are the result: the best one when there is a metric to stop on.
-        best_value: of that metric, None without one.
-        tokens, supervised_tokens, rows: consumed.
-        seconds: over all processes of the run.
-        peak_bytes: most memory used by this process.
-        resumed_step: where this process began; 0 at the start.
-    """
-
-    step: int
-    reason: str
-    weights_step: int
-    best_value: float | None
-    tokens: int
-    supervised_tokens: int
-    rows: int
-    seconds: float
-    peak_bytes: int
-    resumed_step: int
-
-
 def train(
     tuned: Tuned,
-    stream_from: Callable[[Cursor], Iterator[Step]],
+    stream_from: Callable[[Cursor], Iterable[Step]],
     objective: Objective,
     settings: TrainSection,
     precision: PrecisionSection,
@@ -183,11 +133,14 @@ class _Run:
             log.warning("no checkpoint yet: starting at step 0")
             return
         self._adopt(found)
+        # the process before may have died between saving and pruning
+        self.checkpoints.prune(self.state.best_step)
         log.info("resuming after step %d", self.state.step)
 
     def _adopt(self, found: Checkpoint) -> None:
-        found.read(WEIGHTS, self.precision.masters)
-        moments = {name: torch.empty_like(self.precision.masters[name.partition("/")[2]]) for name in self.moments()}
+        masters = self.precision.masters
+        found.read(WEIGHTS, masters)
+        moments = {kind + name: torch.empty_like(masters[name]) for name in masters for kind in (FIRST, SECOND)}
         found.read(MOMENTS, moments)
         self.optimizer.restore(moments, found.state.step)
         self.precision.publish()
@@ -201,10 +154,6 @@ class _Run:
             log.warning("using %d threads, as the run did before", found.threads)
             torch.set_num_threads(found.threads)
 
-    def moments(self) -> list[str]:
-        """Names of the optimizer's state."""
-        return [kind + name for name in self.precision.masters for kind in ("first/", "second/")]
-
     @property
     def logged_step(self) -> int:
         """The last step whose record is final."""
@@ -212,10 +161,10 @@ class _Run:
 
     # the loop
 
-    def loop(self, stream_from: Callable[[Cursor], Iterator[Step]]) -> None:
+    def loop(self, stream_from: Callable[[Cursor], Iterable[Step]]) -> None:
         """Steps until there is a reason to end."""
         if self.state.pending:
-            self._after(self.state.pending, self.state.reason)
+            self._after(json.loads(self.state.pending), self.state.reason)
         if self.state.reason:
             return
         for step, is_last in _marked(stream_from(_cursor(self.state.cursor))):
@@ -238,9 +187,7 @@ class _Run:
         try:
             loss = accumulate(self.objective, self.policy, batches, self.precision, self.layout, self._reseed(number))
             fill_missing(self.precision.masters, first=number == self.resumed_step + 1)
-            norm = update(
-                self.optimizer, self.precision, self.layout, lr=lr, clip=self.settings.clip, rows=batches
-            )
+            norm = update(self.optimizer, self.precision, self.layout, lr=lr, clip=self.settings.clip, rows=batches)
         except DivergedError as error:
             raise self._diverged(error, number) from error
         finally:
@@ -251,6 +198,8 @@ class _Run:
         state.step, state.cursor, state.epoch = number, asdict(step.cursor), step.epoch
         state.tokens, state.rows = state.tokens + tokens, state.rows + rows
         state.supervised_tokens += supervised
+        for cause, count in step.dropped.items():
+            state.dropped[cause] = state.dropped.get(cause, 0) + count
         self.weights_step = number
         return {
             "step": number, "epoch": step.epoch, "loss": loss, "lr": lr, "grad_norm": norm, "rows": rows,
@@ -300,7 +249,7 @@ class _Run:
         elif due:
             self._save(pending=record, reason=reason)
             raise self.signals.stopped(state.step)
-        state.reason, state.pending = reason, None
+        state.reason, state.pending = reason, ""
         self._tell(record)
         if reason or is_best or state.step % self.settings.save_every == 0 or self.signals.exit_code:
             self._save()
@@ -339,7 +288,8 @@ class _Run:
     def _save(self, pending: Record | None = None, reason: str = "") -> None:
         """A checkpoint of now; older ones go only once it is on the disk."""
         if pending:
-            self.state.pending, self.state.reason = pending, reason
+            # as text, because the order of its fields is part of metrics.jsonl
+            self.state.pending, self.state.reason = json.dumps(pending), reason
         self.metrics.sync()
         self.checkpoints.save(self.state, self.precision.masters, self.optimizer.state(), self.seconds())
         self.saved_step = self.state.step
@@ -375,13 +325,14 @@ class _Run:
             tokens=state.tokens,
             supervised_tokens=state.supervised_tokens,
             rows=state.rows,
+            dropped=dict(state.dropped),
             seconds=self.seconds(),
             peak_bytes=peak_bytes(self.device),
             resumed_step=self.resumed_step,
         )
 
 
-def _marked(steps: Iterator[Step]) -> Iterator[tuple[Step, bool]]:
+def _marked(steps: Iterable[Step]) -> Iterator[tuple[Step, bool]]:
     """Each step with whether it is the last one, so that the last one can be evaluated and saved as such."""
     iterator = iter(steps)
     current = next(iterator, None)

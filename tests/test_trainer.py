@@ -1,0 +1,403 @@
+"""Laws of one update and of the loop: sums and weights, clipping, budgets, best weights, divergence."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_training import Row, TinyTuned, collate, evaluation, lasting, rows, run, settings, stream
+
+from tunesmith.core.errors import ConfigError, DataError, DivergedError, ModelError, Stopped
+from tunesmith.core.types import Mean
+from tunesmith.objectives.sft import SFT
+from tunesmith.parallel.layout import LayoutSection, Single
+from tunesmith.train.optim import AdamW
+from tunesmith.train.precision import Precision
+from tunesmith.train.section import PrecisionSection, StopSection
+from tunesmith.train.step import accumulate, update
+from tunesmith.train.trainer import train
+
+PLAIN = PrecisionSection(compute="fp32")
+
+
+def gradients(dtype, cut, data):
+    """Loss and gradient of one step whose rows are cut into pieces of `cut`."""
+    tuned = TinyTuned(dtype=dtype)
+    precision = Precision(tuned.parameters, PLAIN)
+    batches = [collate(data[at : at + cut]) for at in range(0, len(data), cut)]
+    loss = accumulate(SFT(), tuned.policy, batches, precision, Single())
+    return loss, torch.cat([master.grad.flatten() for master in precision.masters.values()])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("count", [8, 7])
+def test_how_a_step_is_cut_changes_neither_loss_nor_gradient(dtype, tolerance, count):
+    """Kills: dividing by a micro-batch's own weight, by their number, or by the configured window."""
+    data = rows(count)
+    loss, whole = gradients(dtype, count, data)
+    for cut in (1, 2, 4, 8):
+        cut_loss, cut_gradient = gradients(dtype, cut, data)
+        assert cut_loss == pytest.approx(loss, rel=tolerance)
+        assert ((cut_gradient - whole).norm() / whole.norm()).item() <= tolerance
+
+
+def test_the_loss_is_the_mean_over_supervised_tokens():
+    """Kills: averaging over rows or over all tokens."""
+    data = rows(6)
+    tuned = TinyTuned(dtype=torch.float64)
+    losses = torch.cat([tuned.policy.token_losses(collate([row])) for row in data])
+    loss, _ = gradients(torch.float64, 2, data)
+    assert loss == pytest.approx(losses.mean().item(), rel=1e-12)
+    assert losses.numel() == sum(sum(row.supervised) for row in data)
+
+
+def test_a_micro_batch_without_supervised_tokens_changes_nothing():
+    """Kills: 0 / 0 for a batch that teaches nothing."""
+    silent = Row([1, 2, 3], [False] * 3, "silent")
+    data = rows(4)
+    loss, whole = gradients(torch.float64, 1, data)
+    with_silent = gradients(torch.float64, 1, [data[0], silent, *data[1:]])
+    assert with_silent[0] == loss
+    assert torch.equal(with_silent[1], whole)
+
+
+def test_a_step_without_supervised_tokens_is_an_error_naming_its_rows(tmp_path):
+    """Kills: reporting a loss of 0 and going on."""
+    silent = [Row([1, 2, 3], [False] * 3, f"rows.jsonl:{n}") for n in (1, 2)]
+    with pytest.raises(DataError, match=r"rows\.jsonl:[12], rows\.jsonl:[12]") as caught:
+        run(tmp_path, settings(rows_per_step=2), data=silent)
+    assert caught.value.exit_code == 3
+
+
+def test_the_whole_run_is_the_same_at_any_micro_batch_size(tmp_path):
+    """Kills: anything that depends on the number of micro-batches between two steps."""
+    ends = {}
+    for micro in (1, 2, 5):
+        tuned = TinyTuned(dtype=torch.float64)
+        run(tmp_path / str(micro), settings(micro_batch_rows=micro, weight_decay=0.1), tuned=tuned)
+        ends[micro] = torch.cat([value.detach().flatten() for value in tuned.parameters.values()])
+    for micro in (1, 2):
+        assert torch.allclose(ends[micro], ends[5], rtol=1e-9, atol=1e-12)
+
+
+def test_adamw_is_the_formula_of_the_paper():
+    """Kills: moments, bias correction, epsilon, decay order, decay of norms and biases."""
+    names = ("matrix", "bias")
+    draw = torch.Generator().manual_seed(0)
+    start = {"matrix": torch.randn(4, 3, generator=draw), "bias": torch.randn(3, generator=draw)}
+    masters = {name: torch.nn.Parameter(start[name].double()) for name in names}
+    optimizer = AdamW(masters, weight_decay=0.1)
+    value = {name: start[name].double().clone() for name in names}
+    first = {name: torch.zeros_like(value[name]) for name in names}
+    second = {name: torch.zeros_like(value[name]) for name in names}
+    for step in range(1, 6):
+        lr = 0.01 * step
+        for name in names:
+            gradient = torch.randn(value[name].shape, generator=draw).double()
+            masters[name].grad = gradient.clone()
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.999 * second[name] + 0.001 * gradient**2
+            corrected = first[name] / (1 - 0.9**step), second[name] / (1 - 0.999**step)
+            decay = 0.1 if name == "matrix" else 0.0
+            value[name] = value[name] - lr * (corrected[0] / (corrected[1].sqrt() + 1e-8) + decay * value[name])
+        optimizer.step(lr)
+    for name in names:
+        assert torch.allclose(masters[name], value[name], rtol=1e-12, atol=1e-14)
+        assert torch.allclose(optimizer.state()["first/" + name], first[name], rtol=1e-12)
+        assert torch.allclose(optimizer.state()["second/" + name], second[name], rtol=1e-12)
+
+
+def test_the_optimizer_holds_exactly_what_is_declared_trainable():
+    """Kills: leaving norms and biases out of the groups."""
+    tuned = TinyTuned()
+    optimizer = AdamW(tuned.parameters)
+    held = [parameter for group in optimizer.inner.param_groups for parameter in group["params"]]
+    assert {id(parameter) for parameter in held} == {id(parameter) for parameter in tuned.parameters.values()}
+    assert len(held) == len(tuned.parameters)
+    with pytest.raises(ModelError, match="nothing is trainable"):
+        AdamW({})
+    with pytest.raises(ModelError, match="two names"):
+        AdamW({"a": held[0], "b": held[0]})
+
+
+def test_only_what_is_declared_changes_and_all_of_it_does(tmp_path):
+    """Kills: an optimizer over model.parameters()."""
+    tuned = TinyTuned()
+    before = {name: value.detach().clone() for name, value in tuned.policy.model.named_parameters()}
+    for value in tuned.parameters.values():
+        value.requires_grad_(False)
+    tuned.parameters = {"up.weight": tuned.parameters["up.weight"].requires_grad_(True)}
+    run(tmp_path, settings(steps=1), tuned=tuned)
+    changed = {name for name, value in tuned.policy.model.named_parameters() if not torch.equal(value, before[name])}
+    assert changed == {"up.weight"}
+
+
+def test_a_parameter_that_no_loss_reaches_is_named(tmp_path, caplog):
+    tuned = TinyTuned()
+    tuned.parameters["idle"] = torch.nn.Parameter(torch.ones(3))
+    run(tmp_path / "some", settings(steps=2), tuned=tuned)
+    assert caplog.text.count("no gradient reaches 1 trainable tensors: idle") == 1
+    tuned.parameters = {"idle": tuned.parameters["idle"]}
+    with pytest.raises(ModelError, match="no gradient reaches anything"):
+        run(tmp_path / "none", settings(steps=2), tuned=tuned)
+
+
+def test_clipping_scales_the_gradient_to_the_limit_and_reports_the_norm_before():
+    """Kills: clipping each tensor alone; reporting the clipped norm."""
+    parameters = {"a": torch.nn.Parameter(torch.zeros(3)), "b": torch.nn.Parameter(torch.zeros(2, 2))}
+    precision = Precision(parameters, PLAIN)
+    seen = {}
+
+    class Watching(AdamW):
+        def step(self, lr):
+            seen.update({name: master.grad.clone() for name, master in self.masters.items()})
+
+    for name, gradient in (("a", torch.full((3,), 2.0)), ("b", torch.full((2, 2), 1.0))):
+        parameters[name].grad = gradient
+    norm = update(Watching(parameters), precision, Single(), lr=0.1, clip=0.5)
+    assert norm == pytest.approx(4.0)
+    assert torch.cat([value.flatten() for value in seen.values()]).norm() == pytest.approx(0.5, rel=1e-6)
+
+
+def test_no_clipping_at_zero_or_below_the_limit(tmp_path):
+    """Kills: always normalising."""
+    ends = []
+    for clip in (0.0, 1e6):
+        tuned = TinyTuned()
+        run(tmp_path / str(clip), settings(steps=3, clip=clip), tuned=tuned)
+        ends.append(torch.cat([value.detach().flatten() for value in tuned.parameters.values()]))
+    assert torch.equal(*ends)
+
+
+class Spiking(SFT):
+    """A loss or gradient that stops being a number at its fourth call."""
+
+    def loss(self, policy, batch):
+        mean = super().loss(policy, batch)
+        calls[0] += 1
+        if calls[0] < 4:
+            return mean
+        spoilt = mean.total * math.nan if calls[1] else _Spoil.apply(mean.total)
+        return Mean(spoilt, mean.weight)
+
+
+calls = [0, 0]
+
+
+class _Spoil(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.inf
+
+
+@pytest.mark.parametrize(("spoil", "told"), [(1, "step 4: the loss is not"), (0, "step 4: the norm of the gradient")])
+def test_a_number_that_is_not_finite_ends_the_run_before_anything_changes(tmp_path, monkeypatch, spoil, told):
+    """Kills: clipping with a norm of NaN, which makes every parameter NaN."""
+    monkeypatch.setattr("tiny_training.SFT", Spiking)
+    calls[:] = [0, spoil]
+    tuned = TinyTuned()
+    kept = []
+    with pytest.raises(DivergedError, match=told) as caught:
+        run(
+            tmp_path,
+            settings(save_every=2, micro_batch_rows=5),
+            tuned=tuned,
+            observers=[lambda record: kept.append([p.detach().clone() for p in tuned.parameters.values()])],
+        )
+    assert caught.value.exit_code == 6
+    assert "rows.jsonl:" in str(caught.value)
+    assert "step-000002" in caught.value.hint
+    assert len(kept) == 3
+    assert all(torch.equal(*pair) for pair in zip(kept[-1], tuned.parameters.values(), strict=True))
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_evaluating_more_often_changes_no_byte(tmp_path):
+    """Kills: an evaluation that draws from the training's random numbers or leaves the model in another mode."""
+    ends = []
+    for every in (0, 1, 3):
+        tuned = TinyTuned(dropout=0.3)
+        evaluate = evaluation(tuned) if every else None
+        run(tmp_path / str(every), tuned=tuned, evaluate=evaluate, evaluate_every=every)
+        found = lasting(tmp_path / str(every))
+        lines = [json.loads(line) for line in found.pop("metrics.jsonl").splitlines()]
+        ends.append((found, [{k: v for k, v in line.items() if not k.startswith("eval_")} for line in lines]))
+    assert ends[0] == ends[1] == ends[2]
+
+
+def test_evaluation_runs_without_dropout(tmp_path):
+    """Kills: leaving the model in training mode after a step."""
+    tuned = TinyTuned(dropout=0.5)
+    modes = []
+    run(tmp_path, tuned=tuned, evaluate=lambda step: {"x": float(modes.append(tuned.policy.model.training) or 0)},
+        evaluate_every=4)  # fmt: skip
+    assert modes == [False] * 3
+
+
+def test_dropout_differs_between_steps_and_micro_batches_and_depends_on_the_seed(tmp_path):
+    """Kills: one seed for all micro-batches; a seed that is not used."""
+    data = [Row([1, 2, 3, 4], [False, True, True, True], "same")] * 4
+    still = settings(steps=2, lr=0.0, rows_per_step=2, micro_batch_rows=1)
+    losses = {}
+    for seed in (0, 1):
+        seen = []
+
+        class Watching(SFT):
+            def loss(self, policy, batch, seen=seen):
+                mean = super().loss(policy, batch)
+                seen.append(mean.total.item())
+                return mean
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tiny_training.SFT", Watching)
+            run(tmp_path / str(seed), still.model_copy(update={"seed": seed}), tuned=TinyTuned(dropout=0.5), data=data)
+        losses[seed] = seen
+    assert len({*losses[0], *losses[1]}) == 8
+
+
+def test_training_leaves_the_random_state_of_the_caller_alone(tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run(tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def scripted(values):
+    """An evaluation that answers what it is told to, one value a call."""
+    left = list(values)
+    return lambda step: {"bleu": left.pop(0)}
+
+
+def test_early_stop_ends_after_patience_and_the_best_weights_are_the_result(tmp_path):
+    """Kills: returning the last weights; pruning the best checkpoint."""
+    tuned = TinyTuned()
+    at_step = {}
+    result = run(
+        tmp_path,
+        settings(steps=50, save_every=100, keep=1, stop=StopSection(metric="bleu", patience=3)),
+        tuned=tuned,
+        evaluate=scripted([1.0, 4.0, 3.0, 4.0, 2.0]),
+        evaluate_every=2,
+        observers=[lambda r: at_step.update({r["step"]: {k: p.detach().clone() for k, p in tuned.parameters.items()}})],
+    )
+    assert (result.reason, result.step, result.weights_step, result.best_value) == ("stop", 10, 4, 4.0)
+    assert all(torch.equal(p, at_step[4][name]) for name, p in tuned.parameters.items())
+    assert not all(torch.equal(p, at_step[10][name]) for name, p in tuned.parameters.items())
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000004", "step-000010"]
+
+
+def test_a_metric_that_is_not_a_number_is_never_the_best(tmp_path, caplog):
+    """Kills: `value > best` written the other way round, where NaN wins."""
+    result = run(
+        tmp_path,
+        settings(steps=8, stop=StopSection(metric="bleu", patience=9)),
+        evaluate=scripted([math.nan, 2.0, math.nan, 1.0]),
+        evaluate_every=2,
+    )
+    assert (result.weights_step, result.best_value) == (4, 2.0)
+    assert "cannot be the best" in caplog.text
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[1]["eval_bleu"] is None
+
+
+def test_a_loss_is_best_when_it_is_low(tmp_path):
+    values = iter([3.0, 1.0, 2.0])
+    result = run(
+        tmp_path,
+        settings(steps=6, stop=StopSection(metric="loss", patience=9)),
+        evaluate=lambda step: {"loss": next(values)},
+        evaluate_every=2,
+    )
+    assert (result.weights_step, result.best_value) == (4, 1.0)
+
+
+def test_an_evaluation_loss_that_is_not_finite_is_divergence(tmp_path):
+    with pytest.raises(DivergedError, match="step 2: the evaluation's loss"):
+        run(tmp_path, evaluate=lambda step: {"loss": math.inf}, evaluate_every=2)
+
+
+def test_stopping_on_a_metric_that_is_not_evaluated_names_those_that_are(tmp_path):
+    with pytest.raises(ConfigError, match="bleu"):
+        run(tmp_path, settings(stop=StopSection(metric="blue")), evaluate=scripted([1.0]), evaluate_every=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "epochs", "reason", "step"),
+    [
+        ({"steps": 7}, 1000, "steps", 7),
+        ({"steps": None, "epochs": 2}, 2, "epochs", 10),
+        ({"steps": 90, "tokens": 100}, 1000, "tokens", 3),
+        ({"steps": 90, "minutes": 1e-9}, 1000, "minutes", 1),
+    ],
+)
+def test_each_budget_ends_the_run_saved(tmp_path, changes, epochs, reason, step):
+    """Kills: a budget that ends without a checkpoint of the last step; a partial last step that is dropped."""
+    result = run(tmp_path, settings(**changes), epochs=epochs, total_steps=changes["steps"] or 10)
+    assert (result.reason, result.step) == (reason, step)
+    assert (tmp_path / f"checkpoints/step-{step:06d}").is_dir()
+    if reason == "epochs":
+        assert result.rows == 48
+    if reason == "tokens":
+        assert result.tokens >= 100
+
+
+def test_rows_that_are_left_out_are_counted_over_the_whole_run(tmp_path):
+    """Kills: a count that begins anew on resume; keeping only the last step's."""
+    section = settings(steps=4, save_every=9)
+
+    def steps(start):
+        return (replace(step, dropped={"too long": 2, "empty": 1}) for step in stream(rows(), section)(start))
+
+    def once(**rest):
+        return train(
+            TinyTuned(), steps, SFT(), section, PLAIN, tmp_path, total_steps=4, collate=collate, **rest
+        )  # fmt: skip
+
+    with pytest.raises(Stopped):
+        once(observers=[lambda record: signal.raise_signal(signal.SIGTERM)])
+    result = once(resume=True)
+    assert result.resumed_step == 1
+    assert result.dropped == {"too long": 8, "empty": 4}
+
+
+def test_a_run_without_rows_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="no rows to train on"):
+        run(tmp_path, epochs=0)
+
+
+def test_checkpoints_of_another_run_are_not_overwritten(tmp_path):
+    run(tmp_path)
+    with pytest.raises(ConfigError, match="checkpoints of another run"):
+        run(tmp_path)
+
+
+def test_an_observer_without_disk_is_switched_off_and_the_run_goes_on(tmp_path, caplog):
+    def full(record):
+        raise OSError(28, "No space left on device")
+
+    assert run(tmp_path, observers=[full]).step == 12
+    assert caplog.text.count("is switched off") == 1
+
+
+def test_a_layout_of_several_processes_is_refused_by_name():
+    for section in ({"data": 2}, {"tensor": 2}, {"pipeline": 4}, {"shard": "zero1"}):
+        with pytest.raises(ValueError, match="not there yet"):
+            LayoutSection.model_validate(section)
+    assert LayoutSection().model_dump() == {"data": 1, "shard": "none", "tensor": 1, "pipeline": 1}
+
+
+def test_the_objective_overfits_a_few_rows(tmp_path):
+    """Kills: targets that are shifted by one: tokens would have to be guessed."""
+    data = [Row([3, 4, 5, 6], [False, True, True, True], "a"), Row([7, 8, 9], [False, True, True], "b")]
+    run(tmp_path, settings(steps=60, lr=0.03, rows_per_step=2, save_every=60), data=data, tuned=TinyTuned())
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < 0.02

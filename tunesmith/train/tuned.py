@@ -1,0 +1,63 @@
+"""What goes into the trainer and what comes out of it. The loop between the two is `trainer.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from tunesmith.core.types import Batch
+
+
+class TrainablePolicy(Protocol):
+    """A policy whose dropout can be switched."""
+
+    def token_losses(self, batch: Batch) -> Tensor: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+
+class Tuned(Protocol):
+    """A model with something trainable on it.
+
+    Attributes:
+        parameters: all that is trained, by name, sorted; each tensor once.
+        policy: the model as objectives see it.
+    """
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]: ...
+
+    @property
+    def policy(self) -> TrainablePolicy: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. The weights of `tuned` are then those of `weights_step`.
+
+    Attributes:
+        step: updates done.
+        reason: steps, epochs, minutes, tokens or stop.
+        weights_step: the step whose weights are the result: the best one when there is a metric to stop on.
+        best_value: of that metric, None without one.
+        tokens, supervised_tokens, rows: consumed.
+        dropped: rows that were met and left out, by reason.
+        seconds: over all processes of the run.
+        peak_bytes: most memory used by this process.
+        resumed_step: where this process began; 0 at the start.
+    """
+
+    step: int
+    reason: str
+    weights_step: int
+    best_value: float | None
+    tokens: int
+    supervised_tokens: int
+    rows: int
+    dropped: dict[str, int]
+    seconds: float
+    peak_bytes: int
+    resumed_step: int
