@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 import pytest
 from tiny_training import TinyTuned, collate, run, settings, stream
@@ -136,6 +137,24 @@ def test_without_a_terminal_the_display_is_a_plain_line_now_and_then(tmp_path, c
     assert lines[-1].startswith("step 40/40 loss ")
     assert len(lines) < 10
     assert "\x1b" not in err
+
+
+def test_in_a_terminal_the_display_is_a_bar_with_what_is_told(tmp_path, capsys, monkeypatch):
+    """Kills: a bar that starts at 0 on a resumed run; numbers that never reach it."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "120")
+    with training_progress(12) as observer:
+        run(tmp_path, observers=[observer])
+    err = capsys.readouterr().err
+    assert "12/12" in err
+    assert "loss " in err
+
+
+def test_a_device_that_is_always_full_costs_the_log_and_nothing_else(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    assert run(tmp_path).step == 12
+    assert caplog.text.count("No space left on device") == 1
 
 
 def test_a_record_is_told_with_loss_speed_memory_and_what_was_evaluated():

@@ -341,7 +341,7 @@ def test_stopping_on_a_metric_that_is_not_evaluated_names_those_that_are(tmp_pat
 )
 def test_each_budget_ends_the_run_saved(tmp_path, changes, epochs, reason, step):
     """Kills: a budget that ends without a checkpoint of the last step; a partial last step that is dropped."""
-    result = run(tmp_path, settings(**changes), epochs=epochs, total_steps=changes["steps"] or 10)
+    result = run(tmp_path, settings(**changes), epochs=epochs, total_steps=changes["steps"] or 99)
     assert (result.reason, result.step) == (reason, step)
     assert (tmp_path / f"checkpoints/step-{step:06d}").is_dir()
     if reason == "epochs":

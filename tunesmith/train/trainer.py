@@ -71,6 +71,8 @@ def train(
     Raises: Stopped after a signal, once saved; DivergedError; DataError; CheckpointError; ResourceError. What was
     saved before stays.
     """
+    if settings.stop and not (evaluate and evaluate_every):
+        raise ConfigError("needs evaluations during training", where="train.stop", hint="set evaluate.every")
     run = _Run(tuned, objective, settings, precision, folder, total_steps, layout or Single())
     run.evaluate, run.evaluate_every, run.observers = evaluate, evaluate_every, list(observers)
     run.collate = collate or _to_batch
