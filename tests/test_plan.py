@@ -6,15 +6,22 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from tiny import tiny_tokenizer_folder
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tunesmith.adapt.full import Full
+from tunesmith.adapt.lora import LoRA
+from tunesmith.adapt.method import Method
 from tunesmith.core.amounts import in_bytes, in_count, in_time
 from tunesmith.core.errors import ConfigError, ModelError
+from tunesmith.models.load import Loaded, load, meta
+from tunesmith.models.policy import Policy
 from tunesmith.plan.compute import Calibration, calibrate, flops_per_token
 from tunesmith.plan.memory import TensorSpec, count_memory, count_parameters, tensor_specs
 from tunesmith.plan.plan import Workload, make_plan
@@ -327,9 +334,7 @@ def test_a_trace_leaves_the_model_as_it_was():
     model = small_model("llama")
     before = {name: id(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     trace(model, loss_of(model), [16])
-    assert {
-        name: id(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())
-    } == before
+    assert {name: id(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())} == before
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -341,6 +346,36 @@ def test_recomputation_is_seen_as_less_memory_and_more_work():
     frugal = trace(model, loss_of(model), [64])
     assert frugal.activations_bytes < 0.6 * plain.activations_bytes
     assert frugal.backward_flops > 1.2 * plain.backward_flops
+
+
+def saved_model(family: str, folder: Path) -> Path:
+    """A folder that `load` and `meta` open."""
+    tiny_tokenizer_folder(folder)
+    small_model(family, vocab_size=384).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("method", [LoRA(rank=2), Full()], ids=["lora", "full"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_our_own_step_holds_to_the_byte_what_its_trace_says(
+    family: str, method: Method, recompute: str, tmp_path: Path
+):
+    """Packed documents, bf16, chunked head. Kills: any operation that asks whether it is traced."""
+    folder = saved_model(family, tmp_path)
+
+    def step(loaded: Loaded):
+        adapter = method.attach(loaded)
+        policy = Policy(loaded, adapter.route, recompute=recompute).train()
+        return loaded.model, lambda batch: policy.token_losses(batch).sum()
+
+    model, loss = step(meta(folder, dtype="bf16"))
+    predicted = trace(model, loss, [20, 33, 11], 0.5)
+    model, loss = step(load(folder, dtype="bf16"))
+    batch = sample_batch([20, 33, 11], 0.5)
+    measured = measure(model, lambda: loss(batch), 64)
+    for name in ("activations_bytes", "peak_bytes", "saved_bytes", "forward_flops", "backward_flops"):
+        assert getattr(predicted, name) == getattr(measured, name), name
 
 
 # work

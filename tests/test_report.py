@@ -24,10 +24,8 @@ train: {steps: 120, lr: 1.0e-3, schedule: cosine}
 evaluate: {metrics: [exact_match, f1, loss]}
 out: runs/toolcall
 """
-HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)><style>*{display:none}</style></div></body>"
-ALSO_HOSTILE = (
-    '" onmouseover="alert(3)" {{ 7 * 7 }} javascript:alert(4) &lt;b&gt; \u202e\x00\x1b[31m \ud800 -->]]>'
-)
+HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)><style>*{display:none}</style></div></body>'
+ALSO_HOSTILE = '" onmouseover="alert(3)" {{ 7 * 7 }} javascript:alert(4) &lt;b&gt; \u202e\x00\x1b[31m \ud800 -->]]>'
 
 
 def metric(value: float, spread: float, **more: object) -> dict:
@@ -84,9 +82,7 @@ def samples() -> list[dict]:
     )
     base = "Sure! To convert 500 US dollars to euros, you would multiply by the current exchange rate. " * 3
     rows = [{"prompt": prompt, "references": [call], "base": base, "tuned": call}]
-    rows.append(
-        {"prompt": HOSTILE, "references": [ALSO_HOSTILE], "base": HOSTILE * 12, "tuned": ALSO_HOSTILE}
-    )
+    rows.append({"prompt": HOSTILE, "references": [ALSO_HOSTILE], "base": HOSTILE * 12, "tuned": ALSO_HOSTILE})
     rows += [
         {"prompt": f"Question {i}?", "references": ["yes", "no"], "base": "", "tuned": "yes", "step": 120}
         for i in range(12)
@@ -118,9 +114,7 @@ def run() -> dict:
         "tokens": 486_310,
         "supervised_tokens": 91_022,
         "duplicates": 3,
-        "length_histogram": [
-            [low, low + 64, 40 + 30 * (low // 64) * (12 - low // 64)] for low in range(0, 768, 64)
-        ],
+        "lengths": {"64": 12, "128": 80, "256": 190, "512": 402, "1024": 190},
     }
     machine = {
         "system": "Linux 6.1",
@@ -224,13 +218,9 @@ def test_hostile_text_stays_text(folder: Path):
 
 def test_hostile_names_stay_text_everywhere(tmp_path: Path):
     """Model names, metrics, data names, reasons and config values come from outside, too."""
-    (tmp_path / "config.yaml").write_text(
-        f"model: {json.dumps(HOSTILE)}\nmethod: {{kind: {json.dumps(HOSTILE)}}}\n"
-    )
+    (tmp_path / "config.yaml").write_text(f"model: {json.dumps(HOSTILE)}\nmethod: {{kind: {json.dumps(HOSTILE)}}}\n")
     row = {"step": 1, "loss": 2.0, f"eval_{HOSTILE}": 1.0}
-    (tmp_path / "metrics.jsonl").write_text(
-        "".join(json.dumps({**row, "step": step}) + "\n" for step in (1, 2))
-    )
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({**row, "step": step}) + "\n" for step in (1, 2)))
     value = {"value": 1.0, "low": 0.5, "high": 2.0, "n": HOSTILE, "signature": HOSTILE}
     models = [{"name": name + HOSTILE, "metrics": {HOSTILE: {**value, "n": 3}}} for name in ("base", "tuned")]
     (tmp_path / "eval.json").write_text(json.dumps({"models": models}))
@@ -382,12 +372,19 @@ def test_curves_say_in_words_what_they_show(folder: Path):
     """A reader without eyes gets the ends of each curve, and the numbers as a table."""
     page = page_of(folder)
     labels = [
-        attributes["aria-label"] or ""
-        for tag, attributes in page.tags
-        if tag == "svg" and "aria-label" in attributes
+        attributes["aria-label"] or "" for tag, attributes in page.tags if tag == "svg" and "aria-label" in attributes
     ]
     assert any(label.startswith("Loss: loss from 2.") and "at step 120" in label for label in labels)
     assert "The same as numbers" in page.text
+
+
+def test_lengths_are_in_order_whatever_order_the_file_has(folder: Path):
+    """Kills: taking the keys as JSON sorts them, 1024 before 64."""
+    facts = run()
+    facts["data"]["train"]["lengths"] = {"1024": 1, "128": 2, "64": 3}
+    (folder / "run.json").write_text(json.dumps(facts))
+    labels = [attributes.get("aria-label") or "" for tag, attributes in page_of(folder).tags if tag == "svg"]
+    assert "rows by tokens: \u2264 64 3, \u2264 128 2, \u2264 1024 1" in labels
 
 
 def test_ticks_are_round_and_inside():
@@ -404,15 +401,19 @@ def test_thinning_keeps_the_ends_and_the_mean():
     assert sum(y for _, y in few) / len(few) == pytest.approx(3, abs=0.2)
 
 
-def test_smoothing_a_constant_changes_nothing():
+def test_smoothing_leaves_a_straight_line_alone():
+    """Kills: averaging backwards only, which lags behind."""
+    line = [(float(x), 3.0 * x) for x in range(20)]
+    assert [y for _, y in plots.smooth(line, 4)] == pytest.approx([y for _, y in line])
     assert plots.smooth([(float(x), 2.0) for x in range(9)], 4) == [(float(x), 2.0) for x in range(9)]
 
 
-def test_bars_share_a_scale_and_start_at_zero():
-    """Kills: starting bars at the smallest value."""
-    wide = [
-        float(re.search(r'width="([\d.]+)"', plots.interval_bar(v, None, None, (5, 20)))[1])
-        for v in (5, 10, 20)
-    ]
+def test_bars_share_a_scale_and_start_at_zero_inside_the_picture():
+    """Kills: starting bars at the smallest value; a scale that leaves zero outside."""
+    bars = [plots.interval_bar(value, None, None, (5, 20)) for value in (5, 10, 20)]
+    starts = {float(re.search(r' x="([\d.-]+)"', bar)[1]) for bar in bars}
+    wide = [float(re.search(r' width="([\d.]+)"', bar)[1]) for bar in bars]
+    assert len(starts) == 1
+    assert min(starts) >= 0
     assert wide[1] == pytest.approx(2 * wide[0], rel=0.01)
     assert wide[2] == pytest.approx(4 * wide[0], rel=0.01)

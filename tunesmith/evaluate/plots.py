@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from markupsafe import Markup, escape
 
@@ -33,9 +34,7 @@ class Series:
     kind: str = "main"
 
 
-def line_chart(
-    title: str, series: Sequence[Series], number: Callable[[float], str], x_name: str = "step"
-) -> Markup:
+def line_chart(title: str, series: Sequence[Series], number: Callable[[float], str], x_name: str = "step") -> Markup:
     """A chart of lines with values under the pointer; empty when no series has a point."""
     series = [one for one in series if one.points]
     if not series:
@@ -59,7 +58,8 @@ def interval_bar(value: float, low: float | None, high: float | None, span: tupl
     parts = [_tag("rect", "bar", x=min(zero, end), y=3, width=max(1.0, abs(end - zero)), height=12, rx=2)]
     if low is not None and high is not None:
         x1, x2 = across(low), across(high)
-        parts.append(_tag("path", "whisker", d=f"M{x1:.1f} 9H{x2:.1f}M{x1:.1f} 5V13M{x2:.1f} 5V13"))
+        path = f"M{x1:.1f} 9H{x2:.1f}M{x1:.1f} 5V13M{x2:.1f} 5V13"
+        parts += [_tag("path", kind, d=path) for kind in ("halo", "whisker")]  # the halo keeps it clear of the bar
     return _svg("interval", 300, 18, "", parts, stretch=True)
 
 
@@ -97,15 +97,13 @@ def stacked_bar(parts: Sequence[tuple[str, float]]) -> Markup:
     return _svg("stack", 600, 14, label, shapes, stretch=True)
 
 
-def smooth(points: Sequence[Point], window: int) -> list[Point]:
-    """Each value averaged with up to `window` before it, in the same places."""
-    found: list[Point] = []
-    total = 0.0
-    for index, (x, y) in enumerate(points):
-        total += y
-        if index >= window:
-            total -= points[index - window][1]
-        found.append((x, total / min(index + 1, window)))
+def smooth(points: Sequence[Point], reach: int) -> list[Point]:
+    """Each value averaged with up to `reach` on each side, fewer at the ends: no lag behind the data."""
+    sums = [0.0, *accumulate(y for _, y in points)]
+    found = []
+    for index, (x, _) in enumerate(points):
+        near = min(reach, index, len(points) - 1 - index)
+        found.append((x, (sums[index + near + 1] - sums[index - near]) / (2 * near + 1)))
     return found
 
 
@@ -115,9 +113,7 @@ def thin(points: Sequence[Point], most: int) -> list[Point]:
         return list(points)
     size = math.ceil((len(points) - 2) / max(1, most - 2))
     groups = [points[start : min(start + size, len(points) - 1)] for start in range(1, len(points) - 1, size)]
-    inner = [
-        (sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups
-    ]
+    inner = [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
     return [points[0], *inner, points[-1]]
 
 
@@ -159,9 +155,7 @@ def _across_ticks(low: float, high: float, across: Callable[[float], float], nam
         text = f"{name} {tick:,.0f}" if index == len(ticks) - 1 else f"{tick:,.0f}"
         x = across(tick)
         at_edge = x > _WIDTH - 50
-        parts.append(
-            _text("tick", x if not at_edge else _WIDTH - 4, _HEIGHT - 9, text, "end" if at_edge else "middle")
-        )
+        parts.append(_text("tick", x if not at_edge else _WIDTH - 4, _HEIGHT - 9, text, "end" if at_edge else "middle"))
     return "".join(parts)
 
 
@@ -183,8 +177,8 @@ def _legend(series: Sequence[Series]) -> str:
     for one in series:
         parts.append(_tag("path", f"line {one.kind}", d=f"M{x:.0f} 12h16"))
         parts.append(_text("tick", x + 21, 16, one.name, "start"))
-        x += 35 + 6.6 * len(one.name)
-    return "".join(parts)
+        x += 36 + 8.4 * len(one.name)
+    return f'<g class="key">{"".join(parts)}</g>'
 
 
 def _hover(
@@ -221,9 +215,7 @@ def _summary(one: Series, number: Callable[[float], str], x_name: str) -> str:
     return f"{one.name} from {number(y0)} at {x_name} {x0:,.0f} to {number(y1)} at {x_name} {x1:,.0f}"
 
 
-def _svg(
-    kind: str, width: int, height: int, label: str, parts: Sequence[str], stretch: bool = False
-) -> Markup:
+def _svg(kind: str, width: int, height: int, label: str, parts: Sequence[str], stretch: bool = False) -> Markup:
     role = f'role="img" aria-label="{escape(label)}"' if label else 'aria-hidden="true"'
     aspect = ' preserveAspectRatio="none"' if stretch else ""
     return Markup(f'<svg class="{kind}" viewBox="0 0 {width} {height}"{aspect} {role}>{"".join(parts)}</svg>')

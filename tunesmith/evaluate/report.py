@@ -70,9 +70,7 @@ def _render(page: dict[str, Any]) -> str:
 
     home = resources.files("tunesmith.evaluate")
     style = home.joinpath("report.css").read_text("utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(bytes=in_bytes, count=in_count, time=in_time, visible=story.visible)
     template = environment.from_string(home.joinpath("report.html").read_text("utf-8"))
     # the hash lets this style in and no other, wherever it may come from

@@ -25,9 +25,7 @@ _LONGEST = 20_000
 # characters that would vanish, break the file or turn the reading order are shown as pictures or by number
 _CONTROLS: dict[int, int | str] = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 _CONTROLS |= {127: 0x2421}
-_CONTROLS |= {
-    code: f"[U+{code:04X}]" for code in (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-}
+_CONTROLS |= {code: f"[U+{code:04X}]" for code in (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 @dataclass(frozen=True)
@@ -81,9 +79,9 @@ def tell(files: Files) -> dict[str, Any]:
 def charts(files: Files) -> list[dict[str, Any]]:
     """Loss, learning rate, and whatever else was followed during training."""
     losses = series(files, "loss")
-    window = max(1, len(losses) // 25)
-    lines = [plots.Series("loss", plots.smooth(losses, window))]
-    if window > 1:
+    reach = len(losses) // 50
+    lines = [plots.Series("loss", plots.smooth(losses, reach))]
+    if reach:
         lines.insert(0, plots.Series("each step", losses, "faint"))
     lines.append(plots.Series("held out", series(files, "eval_loss"), "second"))
     found = [("Loss", plots.line_chart("Loss", lines, lambda value: f"{value:.2f}"))]
@@ -119,11 +117,7 @@ def values(files: Files) -> list[dict[str, str]]:
     if files.records and chosen[-1] is not files.records[-1]:
         chosen = [*chosen, files.records[-1]]
     keys = {"step": "step", "loss": "loss", "lr": "learning rate", "eval_loss": "held-out loss"}
-    keys = {
-        key: name
-        for key, name in keys.items()
-        if any(number(row.get(key)) is not None for row in files.records)
-    }
+    keys = {key: name for key, name in keys.items() if any(number(row.get(key)) is not None for row in files.records)}
     return [{name: _cell(key, number(record.get(key))) for key, name in keys.items()} for record in chosen]
 
 
@@ -165,15 +159,11 @@ def planned(files: Files) -> list[dict[str, str]]:
     rows = [
         ("parameters", parameters.get("total"), counted.get("total"), "{:,.0f}".format),
         ("trained parameters", parameters.get("trainable"), counted.get("trainable"), "{:,.0f}".format),
-        ("peak memory of the process", resident, measured.get("peak_bytes"), in_bytes),
+        ("peak memory", resident, measured.get("peak_bytes"), in_bytes),
         ("tokens", files.plan.get("tokens"), measured.get("tokens"), "{:,.0f}".format),
         ("training time", files.plan.get("seconds"), measured.get("seconds"), in_time),
     ]
-    return [
-        _compared(name, number(one), number(other), show)
-        for name, one, other, show in rows
-        if one is not None
-    ]
+    return [_compared(name, number(one), number(other), show) for name, one, other, show in rows if one is not None]
 
 
 def _compared(name: str, predicted: float | None, measured: float | None, show: Any) -> dict[str, str]:
@@ -211,7 +201,7 @@ def data_part(name: str, found: Any) -> dict[str, Any]:
         ("rows", number(found.get("rows"))),
         ("kept", number(found.get("kept"))),
         ("dropped", lost),
-        *((f"because: {reason}", number(count)) for reason, count in reasons.items()),
+        *((f"dropped: {reason}", number(count)) for reason, count in reasons.items()),
         ("truncated", number(found.get("truncated"))),
         ("tokens", tokens),
         ("supervised tokens", learnt),
@@ -231,7 +221,9 @@ def _notes(found: dict[str, Any]) -> list[tuple[str, str]]:
 def _lengths(found: dict[str, Any]) -> Markup:
     lengths = next((value for key, value in found.items() if "histogram" in key or key == "lengths"), None)
     if isinstance(lengths, dict):
-        bins = [(str(label), number(count) or 0.0) for label, count in lengths.items()]
+        # JSON sorts keys as text: 1024 before 128
+        keys = sorted(lengths, key=lambda key: (int(key), key) if key.isdecimal() else (0, key))
+        bins = [(f"\u2264 {key}" if key.isdecimal() else key, number(lengths[key]) or 0.0) for key in keys]
     elif isinstance(lengths, list):
         rows = [row for row in lengths if isinstance(row, list | tuple) and len(row) >= 2]
         bins = [(str(row[0]), number(row[-1]) or 0.0) for row in rows]

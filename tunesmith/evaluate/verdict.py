@@ -98,9 +98,7 @@ class Table:
         return one < other if self.lower else one > other
 
 
-def headline(
-    config: dict[str, Any], tables: Sequence[Table], losses: Sequence[plots.Point] = ()
-) -> list[str]:
+def headline(config: dict[str, Any], tables: Sequence[Table], losses: Sequence[plots.Point] = ()) -> list[str]:
     """What was tuned on what, how much better it became, and whether that may be chance: one to three sentences."""
     what = _what(config)
     for table in tables:
@@ -166,9 +164,7 @@ def _what(config: dict[str, Any]) -> str:
     kind = str(mapping(config.get("method")).get("kind", ""))
     source = _source(config)
     method = f" with {_METHODS.get(kind, kind)}" if kind else ""
-    return f"{Path(model).name if '/' in model else model} tuned{method}" + (
-        f" on {source}" if source else ""
-    )
+    return f"{Path(model).name if '/' in model else model} tuned{method}" + (f" on {source}" if source else "")
 
 
 def _certainty(table: Table, before: Row, after: Row) -> list[str]:
@@ -176,21 +172,12 @@ def _certainty(table: Table, before: Row, after: Row) -> list[str]:
     interval = table.interval(after)
     if table.better(before.value, after.value):
         said.append("Tuning did not help here.")
-    elif (
-        after.low is not None
-        and after.high is not None
-        and before.low is not None
-        and before.high is not None
-    ):
+    elif after.low is not None and after.high is not None and before.low is not None and before.high is not None:
         near, far = (after.high, before.low) if table.lower else (after.low, before.high)
         if table.better(near, far):
-            said.append(
-                f"The interval after tuning, {interval}, is clear of the one before: this is not chance."
-            )
+            said.append(f"The interval after tuning, {interval}, is clear of the one before: this is not chance.")
         else:
-            said.append(
-                f"The interval after tuning, {interval}, overlaps the one before: this may be chance."
-            )
+            said.append(f"The interval after tuning, {interval}, overlaps the one before: this may be chance.")
     others = [row for row in table.rows if row.role == "other"]
     if others:
         best = (min if table.lower else max)(others, key=lambda row: row.value)
@@ -215,8 +202,6 @@ def _table(metric: str, models: Sequence[dict[str, Any]]) -> Table:
 def _source(config: dict[str, Any]) -> str:
     train = mapping(config.get("data")).get("train")
     entries = train if isinstance(train, list) else [train]
-    names = [
-        str(entry.get("path", "")) if isinstance(entry, dict) else str(entry) for entry in entries if entry
-    ]
+    names = [str(entry.get("path", "")) if isinstance(entry, dict) else str(entry) for entry in entries if entry]
     short = [Path(name).name if "/" in name else name for name in names]
     return " and ".join(short) if len(short) <= 2 else f"{short[0]} and {len(short) - 1} more"

@@ -173,9 +173,7 @@ def _typical(call: Callable[[], object], seconds: float) -> float:
 
 
 def _key(shape: ModelShape, tokens: int, dtype: str, threads: int, version: str) -> str:
-    size = (
-        1 << (max(1, tokens) - 1).bit_length()
-    )  # one measurement serves all micro-batches of about this size
+    size = 1 << (max(1, tokens) - 1).bit_length()  # one measurement serves all micro-batches of about this size
     return f"{_processor()} | torch {version} | {threads} threads | {dtype} | {shape.d_model}x{shape.d_mlp} | {size}"
 
 

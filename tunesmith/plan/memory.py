@@ -112,9 +112,7 @@ class Memory:
         }
 
 
-def tensor_specs(
-    model: torch.nn.Module, trainable: Iterable[torch.nn.Parameter] | None = None
-) -> list[TensorSpec]:
+def tensor_specs(model: torch.nn.Module, trainable: Iterable[torch.nn.Parameter] | None = None) -> list[TensorSpec]:
     """Every parameter and buffer of a model, shared ones once, on any device.
 
     Args:
@@ -198,9 +196,7 @@ def estimate_activations(
     width = shape.n_heads * shape.d_head + 2 * shape.n_kv_heads * shape.d_head
     inner = (4 if shape.gated else 2) * shape.d_mlp
     block = tokens * item_bytes * (7 * shape.d_model + width + inner)
-    kept = (
-        shape.n_layers * tokens * item_bytes * shape.d_model + block if recompute else shape.n_layers * block
-    )
+    kept = shape.n_layers * tokens * item_bytes * shape.d_model + block if recompute else shape.n_layers * block
     return kept + min(supervised, chunk) * shape.vocab * 4 * 2
 
 
@@ -211,7 +207,5 @@ def _spec(name: str, tensor: torch.Tensor, trainable: bool, buffer: bool = False
 def _known(table: dict[str, int], name: str, where: str) -> int:
     if name not in table:
         known = " ".join(table)
-        raise ConfigError(
-            f"{name!r} is unknown; there are {known}", where=where, hint=did_you_mean(name, table)
-        )
+        raise ConfigError(f"{name!r} is unknown; there are {known}", where=where, hint=did_you_mean(name, table))
     return table[name]

@@ -129,9 +129,7 @@ def make_plan(
     if loss is not None:
         from tunesmith.plan.trace import trace
 
-        return _traced(
-            specs, state, work, trace(model, loss, work.lengths, work.supervised_share), calibration
-        )
+        return _traced(specs, state, work, trace(model, loss, work.lengths, work.supervised_share), calibration)
     size = item_bytes or max(specs, key=lambda spec: spec.count).item_bytes
     learnt = round(work.micro_tokens * work.supervised_share)
     activations = estimate_activations(shape, work.micro_tokens, learnt, item_bytes=size, recompute=recompute)
@@ -164,9 +162,7 @@ def _traced(
     )
 
 
-def _seconds(
-    specs: list[TensorSpec], state: Memory, work: Workload, traced: Traced, calibration: Calibration
-) -> float:
+def _seconds(specs: list[TensorSpec], state: Memory, work: Workload, traced: Traced, calibration: Calibration) -> float:
     trained = sum(spec.nbytes for spec in specs if spec.trainable)
     update = trained + state.master_bytes + state.gradients_bytes + state.optimizer_bytes
     forward_and_backward = step_seconds(traced, calibration) * work.tokens / max(1, traced.tokens)

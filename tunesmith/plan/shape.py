@@ -98,9 +98,7 @@ class ModelShape:
 def read_shape(source: Mapping[str, Any] | Path | str) -> ModelShape:
     """The shape from a config, a config.json or a folder that holds one. Raises ModelError naming what is missing."""
     config, where = _config(source)
-    config = (
-        {**config, **config.get("text_config", {})} if isinstance(config.get("text_config"), dict) else config
-    )
+    config = {**config, **config.get("text_config", {})} if isinstance(config.get("text_config"), dict) else config
     family = str(config.get("model_type", ""))
     found = {name: _number(config, keys) for name, keys in _KEYS.items()}
     missing = [_KEYS[name][0] for name in ("n_layers", "d_model", "n_heads", "vocab") if not found[name]]

@@ -38,9 +38,7 @@ def show_plan(plan: dict[str, Any], width: int = 36) -> RenderableType:
     for name, key, colour in _PARTS:
         if memory[key]:
             table.add_row(name, in_bytes(memory[key]), Text(bar(memory[key], largest, width), style=colour))
-    table.add_row(
-        "total", Text(in_bytes(memory["total_bytes"]), style="bold"), Text(_notes(plan), style="dim")
-    )
+    table.add_row("total", Text(in_bytes(memory["total_bytes"]), style="bold"), Text(_notes(plan), style="dim"))
     return Group(Text(_headline(plan)), Text(), table, Text(), Text(_work(plan)))
 
 

@@ -57,9 +57,7 @@ class LiveStorages(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         # what shares an input's storage is nothing new, be the input counted or from before
-        known = {
-            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
-        }
+        known = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         produced = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in produced:
             if tensor.untyped_storage()._cdata not in known:
@@ -90,9 +88,7 @@ class LiveStorages(TorchDispatchMode):
             del self._alive[key]
             self.now_bytes -= size
 
-    def _work(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, produced: list[Tensor]
-    ) -> None:
+    def _work(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, produced: list[Tensor]) -> None:
         flops = _flops(func, args, kwargs, out)
         self.flops += flops
         self.operations += 1
