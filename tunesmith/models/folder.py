@@ -59,9 +59,11 @@ def weight_files(folder: Path | str) -> list[Path]:
     if not (folder / INDEX).exists():
         raise _no_weights(folder)
     table = read_json(folder / INDEX, ModelError)
-    shards = sorted(set((table.get("weight_map") if isinstance(table, dict) else None) or {}.values()))
-    if not shards or any(not isinstance(name, str) or "/" in name for name in shards):
+    places = table.get("weight_map") if isinstance(table, dict) else None
+    names = list(places.values()) if isinstance(places, dict) else []
+    if not names or any(not isinstance(name, str) or "/" in name for name in names):
         raise ModelError("names no shards", where=str(folder / INDEX))
+    shards = sorted(set(names))
     missing = [name for name in shards if not (folder / name).exists()]
     if missing:
         listed = " ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")

@@ -76,21 +76,33 @@ def _rope(reader: GGUFReader, metadata: dict[str, Any], config: dict[str, Any], 
     raise ModelError(f"rotary scaling of the kind {kind!r} cannot be converted", where=where)
 
 
-def _llama3_scaling(factors: np.ndarray, base: float, width: int, where: str) -> dict[str, Any]:
-    """Llama 3 files hold the divisors of the frequencies instead of the four numbers they were made from.
+def llama3_divisors(rope: dict[str, Any], base: float, width: int) -> np.ndarray:
+    """By how much Llama 3 divides each of the `width / 2` rotary frequencies (Llama 3.1 model card, 2024).
 
-    Every published model uses 1, 4 and 8192 for three of them and the fourth is the largest divisor;
-    whether that is so here is checked against all divisors.
+    Waves longer than `original_max_position_embeddings / low_freq_factor` are stretched by `factor`, those shorter
+    than `.../ high_freq_factor` not at all, those between smoothly.
     """
     import numpy as np
 
-    low, high, original, factor = 1.0, 4.0, 8192, float(np.max(factors))
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     waves = 2 * math.pi * base ** (np.arange(0, width, 2) / width)
-    smooth = np.clip((original / waves - low) / (high - low), 0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth)
-    if expected.shape != factors.shape or not np.allclose(expected, factors, rtol=1e-3):
-        raise ModelError("its rotary frequencies follow no rule that is known here", where=where)
-    return {
-        "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
-        "original_max_position_embeddings": original,
+    smooth = np.clip((rope["original_max_position_embeddings"] / waves - low) / (high - low), 0, 1)
+    return 1 / ((1 - smooth) / rope["factor"] + smooth)
+
+
+def _llama3_scaling(divisors: np.ndarray, base: float, width: int, where: str) -> dict[str, Any]:
+    """Llama 3 files hold the divisors of the frequencies instead of the four numbers they were made from.
+
+    Every published model uses 1, 4 and 8192 for three of them, and the fourth is the largest divisor; whether that is
+    so here is checked against all divisors.
+    """
+    import numpy as np
+
+    found = {
+        "rope_type": "llama3", "factor": float(np.max(divisors)), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
     }  # fmt: skip
+    expected = llama3_divisors(found, base, width)
+    if expected.shape != divisors.shape or not np.allclose(expected, divisors, rtol=1e-3):
+        raise ModelError("its rotary frequencies follow no rule that is known here", where=where)
+    return found

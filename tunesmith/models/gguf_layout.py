@@ -8,7 +8,7 @@ directions. The GGUF names and changes are those of llama.cpp's converter (ggml-
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,7 +78,7 @@ class Layout:
         outer, block: GGUF name -> Hugging Face name, without `.weight`, outside and inside the blocks.
         blocks: the Hugging Face name of the list of blocks.
         keys: GGUF key -> config key.
-        extra: config entries that GGUF leaves to the reader.
+        activation: of the feed-forward, which GGUF does not store.
         permuted: rows of q and k are interleaved (the rotary layout of the original llama release).
         norms_plus_one: norm weights are stored with one added.
         transposed: GGUF names of maps that Hugging Face keeps input-major (GPT-2's Conv1D).
@@ -90,7 +90,7 @@ class Layout:
     block: dict[str, str]
     blocks: str
     keys: dict[str, str]
-    extra: dict[str, Any]
+    activation: str
     permuted: bool = False
     norms_plus_one: bool = False
     transposed: tuple[str, ...] = ()
@@ -133,33 +133,21 @@ class Layout:
         return name.endswith(".weight") and name.split(".")[-2] in self.transposed
 
 
+_LLAMA_LIKE = (_OUTER, _BLOCK, "model.layers", _KEYS)
+_GEMMA2_KEYS = _KEYS | {name: name for name in ("attn_logit_softcapping", "final_logit_softcapping")}
 LAYOUTS = {
-    "llama": Layout("llama", "LlamaForCausalLM", _OUTER, _BLOCK, "model.layers", _KEYS, {}, permuted=True),
-    "qwen2": Layout("qwen2", "Qwen2ForCausalLM", _OUTER, _BLOCK, "model.layers", _KEYS, {}),
-    "qwen3": Layout("qwen3", "Qwen3ForCausalLM", _OUTER, _BLOCK, "model.layers", _KEYS, {}),
-    "gemma": Layout("gemma", "GemmaForCausalLM", _OUTER, _BLOCK, "model.layers", _KEYS, {}, norms_plus_one=True),
+    "llama": Layout("llama", "LlamaForCausalLM", *_LLAMA_LIKE, "silu", permuted=True),
+    "qwen2": Layout("qwen2", "Qwen2ForCausalLM", *_LLAMA_LIKE, "silu"),
+    "qwen3": Layout("qwen3", "Qwen3ForCausalLM", *_LLAMA_LIKE, "silu"),
+    "gemma": Layout("gemma", "GemmaForCausalLM", *_LLAMA_LIKE, "gelu_pytorch_tanh", norms_plus_one=True),
     "gemma2": Layout(
-        "gemma2",
-        "Gemma2ForCausalLM",
-        _OUTER,
-        _SANDWICH_BLOCK,
-        "model.layers",
-        _KEYS
-        | {
-            "attn_logit_softcapping": "attn_logit_softcapping",
-            "final_logit_softcapping": "final_logit_softcapping",
-        },
-        {},
+        "gemma2", "Gemma2ForCausalLM", _OUTER, _SANDWICH_BLOCK, "model.layers", _GEMMA2_KEYS, "gelu_pytorch_tanh",
         norms_plus_one=True,
     ),
     "gpt2": Layout(
-        "gpt2",
-        "GPT2LMHeadModel",
-        _GPT2_OUTER,
-        _GPT2_BLOCK,
-        "transformer.h",
-        _GPT2_KEYS,
-        {},
+        "gpt2", "GPT2LMHeadModel", _GPT2_OUTER, _GPT2_BLOCK, "transformer.h", _GPT2_KEYS, "gelu_new",
         transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
     ),
-}
+}  # fmt: skip
+# model_type of config.json -> GGUF architecture; mistral is llama with a window, which GGUF readers do without
+ARCHITECTURES = {layout.model_type: name for name, layout in LAYOUTS.items()} | {"mistral": "llama"}
