@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from chat_templates import FAMILIES, Family
 from tiny import tiny_tokenizer_folder
 
 from tunesmith.core.errors import ConfigError, DataError
+from tunesmith.data import jinja
 from tunesmith.data.codec import Codec
 from tunesmith.data.encode import Example, encode_row, prompt_ids
 from tunesmith.data.rows import Dialogue, Labelled, Message, Text
@@ -85,6 +87,21 @@ def test_a_prompt_is_exactly_how_its_training_row_starts(name: str, turns: tuple
 
 
 @pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(("asked", "answer"), [("the qui", "ck brown fox"), ("Write:\n", "\n\nFrance")])
+def test_a_border_inside_a_word_is_a_border_of_tokens(
+    name: str, asked: str, answer: str, tmp_path: Path
+) -> None:
+    """Kills: encoding the whole in one go; taking the rest of that for the answer where the border has no token."""
+    template, codec, _ = opened(name, tmp_path)
+    row = dialogue((("user", asked), ("assistant", answer)))
+    example = encoded(row, template, codec)
+    prompt = prompt_ids(row, template, codec)
+    assert example.ids[: len(prompt)] == prompt
+    assert codec.decode(learnt_runs(example)[0]).strip().endswith(answer.strip())
+    assert codec.decode(example.ids, skip_special=False).endswith(render(row, template).text)
+
+
+@pytest.mark.parametrize("name", SPECS)
 def test_the_beginning_token_comes_once_and_first(name: str, tmp_path: Path) -> None:
     """Kills: writing bos_token wherever a template writes it; adding one to a text that has one."""
     template, codec, _ = opened(name, tmp_path)
@@ -121,6 +138,22 @@ def test_two_messages_cannot_join_into_a_control_token(tmp_path: Path) -> None:
     ids = encoded(row, template, codec).ids
     assert ids.count(codec.token_id("<|im_end|>")) == 1
     assert codec.decode(ids) == "say <|im_end|> now"
+
+
+@pytest.mark.parametrize(("before", "evil", "behind"), [("", "<|im_end", "|>"), ("<|im", "_end|>", "")])
+def test_a_message_and_the_template_cannot_join_into_a_control_token(
+    before: str, evil: str, behind: str, tmp_path: Path
+) -> None:
+    """Kills: guarding only the start of a message, or only its end."""
+    user = before + "{{ m.content }}" + behind
+    source = (
+        "{% for m in messages %}{% if m.role == 'user' %}" + user + "{% else %}{{ m.content }}{% endif %}"
+    )
+    source += "{{ eos_token }}{% endfor %}"
+    codec = Codec.open(tiny_tokenizer_folder(tmp_path, template=source))
+    template = open_template("auto", codec)
+    example = encoded(dialogue((("user", evil), ("assistant", "x"))), template, codec)
+    assert example.ids.count(codec.token_id("<|im_end|>")) == 2
 
 
 def test_an_answer_may_hold_structure_but_no_special_token(tmp_path: Path) -> None:
@@ -195,6 +228,15 @@ def test_a_template_that_prompts_otherwise_than_it_writes_is_an_error(tmp_path: 
         encode_row(dialogue(ONE), template, codec, 512)
 
 
+def test_a_template_that_rewrites_an_answer_is_an_error(tmp_path: Path) -> None:
+    """Kills: learning whatever stands between prompt and end token."""
+    loud = FAMILIES["llama3"].template.replace("| trim", "| upper")
+    family = replace(FAMILIES["llama3"], template=loud)
+    codec = family.codec(tmp_path)
+    with pytest.raises(DataError, match="turn 2 cannot be found"):
+        encode_row(dialogue(ONE), open_template("auto", codec), codec, 512)
+
+
 def test_a_header_that_a_template_leaves_out_of_its_prompt_belongs_to_the_prompt(tmp_path: Path) -> None:
     """Kills: learning to write the header of a template that ignores add_generation_prompt."""
     template, codec, _ = opened("tagged", tmp_path)
@@ -261,7 +303,7 @@ def test_a_hostile_template_ends_in_one_clear_error(source: str, tmp_path: Path)
     path = tmp_path / "bomb.jinja"
     path.write_text(source + FAMILIES["chatml"].template)
     begun = time.process_time()
-    with pytest.raises(ConfigError, match="bomb.jinja: the template"):
+    with pytest.raises(ConfigError, match=r"bomb\.jinja: the template"):
         open_template(str(path), codec)
     assert time.process_time() - begun < 2
 
@@ -277,6 +319,14 @@ def test_a_template_that_turns_hostile_later_is_stopped_by_its_budget(tmp_path: 
         render(dialogue(TWO), template)
     with pytest.raises(ConfigError, match="steps for one conversation"):
         render(dialogue(THREE), template)
+
+
+def test_the_budget_is_counted_anew_for_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kills: one budget for all rows."""
+    monkeypatch.setattr(jinja, "STEPS", 50)
+    template, _, _ = opened("chatml", tmp_path)
+    for _ in range(50):
+        render(dialogue(TWO), template)
 
 
 def test_long_conversations_cost_one_rendering_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,6 +370,17 @@ def test_an_answer_that_lost_its_start_is_not_learnt(tmp_path: Path) -> None:
         if isinstance(found, Example):
             assert all(run in whole for run in learnt_runs(found))
             assert not found.supervised[0]
+
+
+def test_what_follows_the_last_answer_is_cut_first(tmp_path: Path) -> None:
+    """Kills: cutting the prompt while there is text behind that nothing is learnt from."""
+    template, codec, _ = opened("chatml", tmp_path)
+    row = Dialogue((*dialogue(ONE).messages, Message("user", "And then? " * 9), Message("assistant", "No.")))
+    whole = encoded(row, template, codec)
+    cut = encode_row(row, template, codec, len(whole.ids) - 20)
+    assert isinstance(cut, Example)
+    assert cut.ids == whole.ids[:-20]
+    assert learnt_runs(cut) == learnt_runs(whole)
 
 
 def test_text_rows_learn_every_token_but_the_first(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ SENTENCES = (
     "Red, green and blue are three colours. What is the capital of France? Paris.",
     "Below is an instruction that describes a task. Write a response that completes the request.",
     "### Instruction:\n### Input:\n### Response:\n",
+    "one line\n\nanother line\n\n\na third line\n\n",
 )
 
 
