@@ -29,11 +29,10 @@ def check(
     from tunesmith.run.prepare import prepare
 
     prepared = prepare(load_config(config, overrides))
-    facts = prepared.facts()
     if as_json:
         from tunesmith.cli.main import print_json
 
-        print_json({"ok": True, **facts})
+        print_json({"ok": True, **prepared.data_facts()})
         return
     for line in prepared.lines():
         typer.echo(line)
@@ -69,10 +68,10 @@ def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
     if as_json:
         from tunesmith.cli.main import print_json
 
-        print_json(made.as_json())
+        print_json(made.as_dict())
         return
     from rich.console import Console
 
-    from tunesmith.plan.show import show
+    from tunesmith.plan.show import show_plan
 
-    show(made, Console(highlight=False))
+    Console(highlight=False).print(show_plan(made.as_dict()))

@@ -1,0 +1,156 @@
+"""A run from its configuration to its report: prepared, planned, adapted, judged before, trained, judged after.
+
+This is the one place where packages of a layer meet; what each does stands in its own file, and everything a run
+leaves behind is in its folder. Resuming goes through the same lines.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextlib import ExitStack, closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.config import Config
+from tunesmith.core.errors import CheckpointError
+from tunesmith.core.files import canonical_json, write_atomic
+from tunesmith.run.folder import RunFolder, check_state, check_writable, locked, machine, versions
+from tunesmith.run.prepare import Prepared, prepare
+
+if TYPE_CHECKING:
+    from tunesmith.adapt.adapter import Adapter
+    from tunesmith.models.load import Loaded
+    from tunesmith.models.policy import Policy
+    from tunesmith.run.judging import Judge
+    from tunesmith.train.tuned import Result
+
+
+def run(config: Config, *, resume: bool = False) -> Path:
+    """Does everything a configuration says and answers the run folder.
+
+    Raises: any TunesmithError; what was saved before stays, and `resume` goes on from there.
+    """
+    folder = RunFolder(config.out)
+    check_writable(folder.path)
+    check_state(folder, config, resume)
+    if folder.is_finished:
+        say(f"{folder.path}: this run is finished; nothing to do")
+        return folder.path
+    prepared = prepare(config)
+    for line in prepared.lines():
+        say(line)
+    with locked(folder):
+        _check_data(folder, prepared)
+        if not folder.exists:
+            folder.write_config(config)
+        _carry_out(prepared, folder, resume)
+    return folder.path
+
+
+def say(line: str) -> None:
+    """One line for the person who watches."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _check_data(folder: RunFolder, prepared: Prepared) -> None:
+    before, now = folder.facts.get("data"), prepared.data_facts()
+    for part in ("train", "eval"):
+        old, new = (before or {}).get(part, {}).get("sha256"), now.get(part, {}).get("sha256")
+        if before is not None and old != new:
+            raise CheckpointError(
+                f"the data is not what the run was begun with: {old} then, {new} now",
+                where=f"{folder.path}: data.{part}",
+                hint="put the old file back, or begin a new run with another out:",
+            )
+    folder.record(status="running", versions=versions(), machine=machine(), data=now)
+
+
+def _carry_out(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
+    from tunesmith.evaluate.report import write_report
+    from tunesmith.models.load import load
+    from tunesmith.models.policy import Policy
+    from tunesmith.plan.show import show_plan
+    from tunesmith.run.judging import Judge
+    from tunesmith.run.planning import plan_run
+    from tunesmith.train.precision import resolve
+
+    config = prepared.config
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    for noisy in ("transformers", "matplotlib", "urllib3", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    compute = resolve(config.precision)
+    plan = plan_run(prepared)
+    write_atomic(folder.path / "plan.json", canonical_json(plan.as_dict(), indent=1) + "\n")
+    _print(show_plan(plan.as_dict()))
+    loaded = load(str(prepared.folder), dtype=compute)
+    folder.record(precision=compute, seed=config.train.seed, model=_model_facts(loaded, config.model))
+    judge = Judge(prepared, folder.path)
+    judge.before(loaded)
+    adapter = config.method.attach(loaded, seed=config.train.seed)
+    policy = Policy(loaded, adapter.route, recompute=config.train.recompute, packed=config.data.packing)
+    result = _train(prepared, folder, adapter, policy, judge, resume)
+    saved = adapter.save(folder.path)
+    judge.after(loaded, adapter.route, config.method.kind)
+    folder.record(measured=_measured(result), result={**asdict(result), "saved": saved.name})
+    folder.record(status="finished")
+    report = write_report(folder.path)
+    judge.print_table()
+    say(f"\nsaved {saved}\nreport {report}\nnext: tunesmith chat {folder.path}")
+
+
+class _Tuned:
+    """The adapter and its policy, as the trainer wants them."""
+
+    def __init__(self, adapter: Adapter, policy: Policy) -> None:
+        self.parameters = adapter.parameters
+        self.policy = policy
+
+
+def _train(
+    prepared: Prepared, folder: RunFolder, adapter: Adapter, policy: Policy, judge: Judge, resume: bool
+) -> Result:
+    from tunesmith.train.log import TensorBoard
+    from tunesmith.train.progress import training_progress
+    from tunesmith.train.trainer import train
+
+    config = prepared.config
+    with ExitStack() as stack:
+        observers: list[Any] = [stack.enter_context(training_progress(prepared.totals.steps))]
+        if "tensorboard" in config.log:
+            observers.append(stack.enter_context(closing(TensorBoard(folder.path / "tensorboard"))))
+        return train(
+            _Tuned(adapter, policy),
+            prepared.stream,
+            config.objective,
+            config.train,
+            config.precision,
+            folder.path,
+            total_steps=prepared.totals.steps,
+            evaluate=judge.during(policy) if config.evaluate.every else None,
+            evaluate_every=config.evaluate.every,
+            observers=observers,
+            resume=resume,
+        )
+
+
+def _model_facts(loaded: Loaded, name: str) -> dict[str, Any]:
+    count = sum(parameter.numel() for parameter in loaded.model.parameters())
+    return {"name": name, "family": loaded.family.name, "fingerprint": loaded.fingerprint, "parameters": count}
+
+
+def _measured(result: Result) -> dict[str, Any]:
+    return {
+        "peak_bytes": result.peak_bytes,
+        "seconds": result.seconds,
+        "tokens": result.tokens,
+        "supervised_tokens": result.supervised_tokens,
+        "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
+    }
+
+
+def _print(what: Any) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False).print(what)

@@ -1,0 +1,109 @@
+"""Opens whatever a user names: a model, a run folder, or an adapter folder, ready to write text.
+
+A run brings its base model, its adapter and its template along; everything else is a model by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunesmith.core.errors import ModelError
+from tunesmith.core.files import read_json
+from tunesmith.data.codec import Codec
+from tunesmith.data.templates import Template, open_template
+from tunesmith.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    from tunesmith.models.load import Loaded
+    from tunesmith.models.route import Route
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a name stands for, before weights are loaded.
+
+    Attributes:
+        name: as the user gave it.
+        model: source of the base model, for `models.source.resolve`.
+        adapter: folder of the adapter, or None.
+        template: the template a run was trained with, or None.
+        format_is_plain: the run was trained on bare prompts and completions.
+    """
+
+    name: str
+    model: str
+    adapter: Path | None = None
+    template: str | None = None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that can write.
+
+    Attributes:
+        name: as the user gave it.
+        loaded: weights, family, folder.
+        route: what acts: the base, or the adapter of the run.
+        codec: its tokenizer.
+        template: how conversations are written for it.
+    """
+
+    name: str
+    loaded: Loaded
+    route: Route
+    codec: Codec
+    template: Template
+
+
+def find(source: str) -> Named:
+    """What `source` stands for. Raises ModelError where a run has no result yet."""
+    folder = Path(source)
+    run = RunFolder(folder)
+    if run.exists:
+        config = run.config
+        template = str(config["data"]["template"])
+        if (folder / "model" / "config.json").exists():
+            return Named(source, str(folder / "model"), template=template)
+        if (folder / "adapter" / "adapter_config.json").exists():
+            return Named(source, str(config["model"]), folder / "adapter", template)
+        raise ModelError("this run has no result yet", where=source, hint="finish it with `tunesmith tune ... --resume`")
+    if (folder / "adapter_config.json").exists():
+        settings = read_json(folder / "adapter_config.json", ModelError)
+        base = settings.get("base_model_name_or_path")
+        if not base:
+            raise ModelError("does not name its base model", where=str(folder / "adapter_config.json"))
+        return Named(source, str(base), folder)
+    return Named(source, source)
+
+
+def open_model(source: str, *, template: str = "auto", precision: str = "auto", plain: bool = False) -> Opened:
+    """Loads what `source` stands for.
+
+    Args:
+        template: `auto` takes the run's own, then the model's.
+        precision: fp32, bf16 or auto.
+        plain: the rows are bare prompts, so that `auto` means no template.
+
+    Raises: ModelError, AdapterError, ConfigError.
+    """
+    from tunesmith.models.load import load
+    from tunesmith.models.route import BASE
+    from tunesmith.models.source import resolve
+    from tunesmith.train.precision import resolve as resolve_precision
+    from tunesmith.train.section import PrecisionSection
+
+    named = find(source)
+    folder = resolve(named.model)
+    codec = Codec.open(folder)
+    chosen = template if template != "auto" else named.template or "auto"
+    opened = open_template(chosen, codec, plain=plain)
+    compute = resolve_precision(PrecisionSection.model_validate({"compute": precision}))
+    loaded = load(str(folder), dtype=compute)
+    route = BASE
+    if named.adapter is not None:
+        from tunesmith.adapt.store import load_adapter
+
+        route = load_adapter(loaded, named.adapter).route
+    return Opened(source, loaded, route, codec, opened)

@@ -1,0 +1,59 @@
+"""The plan of a prepared run: the real model and method on the meta device, counted and traced."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.run.prepare import Prepared
+
+if TYPE_CHECKING:
+    from tunesmith.plan.plan import Plan
+
+
+def plan_run(prepared: Prepared, *, calibrated: bool = True) -> Plan:
+    """What the run will need. Raises ConfigError where the method does not fit the model.
+
+    Args:
+        calibrated: measure this machine (once, for a second or two) so that the plan can say how long.
+    """
+    from tunesmith.models.load import meta
+    from tunesmith.models.policy import Policy
+    from tunesmith.plan.compute import calibrate
+    from tunesmith.plan.plan import Workload, make_plan
+    from tunesmith.plan.shape import read_shape
+    from tunesmith.train.precision import resolve
+
+    config = prepared.config
+    compute = resolve(config.precision)
+    loaded = meta(str(prepared.folder), dtype=compute)
+    adapter = config.method.attach(loaded, seed=config.train.seed)
+    policy = Policy(loaded, adapter.route, recompute=config.train.recompute, packed=config.data.packing)
+    lengths, share = _micro_batch(prepared)
+    totals = prepared.totals
+    shape = read_shape(prepared.folder)
+    return make_plan(
+        loaded.model,
+        shape,
+        Workload(totals.steps, totals.tokens, lengths, share),
+        trainable=list(adapter.parameters.values()),
+        loss=lambda batch: config.objective.loss(policy, batch).total,
+        master=config.precision.master,
+        calibration=calibrate(shape, sum(lengths), compute) if calibrated else None,
+        recompute=config.train.recompute == "full",
+    )
+
+
+def _micro_batch(prepared: Prepared) -> tuple[tuple[int, ...], float]:
+    """Lengths of the largest micro-batch among the first steps, and the share of its tokens that is supervised."""
+    from itertools import islice
+
+    from tunesmith.data.pack import Cursor
+
+    largest: list[Any] = []
+    for step in islice(prepared.stream(Cursor()), 8):
+        for rows in step.micro_batches:
+            if sum(len(row.ids) for row in rows) > sum(len(row.ids) for row in largest):
+                largest = rows
+    tokens = sum(len(row.ids) for row in largest)
+    supervised = sum(sum(row.supervised) for row in largest)
+    return tuple(len(row.ids) for row in largest), supervised / max(1, tokens)

@@ -1,0 +1,47 @@
+"""Turns a run into artefacts that other programs load."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from tunesmith.core.errors import ConfigError
+from tunesmith.core.files import atomic_folder
+from tunesmith.run.opening import find, open_model
+
+
+def ship(source: str, to: str, target: str) -> Path:
+    """Writes a run as `peft`, `merged` or `gguf` and answers the path.
+
+    Raises: ConfigError where the target exists or the run has no adapter to write; ModelError.
+    """
+    path = Path(target)
+    if path.exists():
+        raise ConfigError("exists already; it is never overwritten", where=target, hint="choose another place")
+    if to == "peft":
+        return _adapter(source, path)
+    from tunesmith.adapt.merge import merge
+
+    # fp32, so that the delta is added before anything is rounded
+    opened = open_model(source, precision="fp32")
+    if opened.route.adapters:
+        merge(opened.loaded, opened.route.adapters)
+    if to == "merged":
+        from tunesmith.export.merged import save_merged
+
+        return save_merged(opened.loaded, path)
+    from tunesmith.export.gguf import save_gguf
+
+    return save_gguf(opened.loaded, path if path.suffix == ".gguf" else path / "model.gguf")
+
+
+def _adapter(source: str, path: Path) -> Path:
+    adapter = find(source).adapter
+    if adapter is None:
+        raise ConfigError(
+            "there is no adapter here: the whole model was trained", where=source, hint="use --to merged"
+        )
+    with atomic_folder(path) as work:
+        for file in adapter.iterdir():
+            shutil.copyfile(file, work / file.name)
+    return path
