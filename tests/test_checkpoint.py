@@ -165,7 +165,7 @@ def die_at(monkeypatch, number: int) -> list[int]:
 
 @pytest.mark.parametrize("again", [False, True])
 def test_a_process_that_dies_at_any_file_operation_leaves_a_complete_checkpoint(tmp_path, again):
-    """Kills: writing in place, removing the old one first, taking an unfinished folder for a checkpoint.
+    """Kills: writing in place, removing the old one first or in place, an unfinished folder with a final name.
 
     With `again` the step that is being saved has been saved before.
     """
@@ -185,6 +185,8 @@ def test_a_process_that_dies_at_any_file_operation_leaves_a_complete_checkpoint(
             except Dead:
                 finished = False
         checkpoints.sweep()
+        for step in checkpoints.steps():
+            checkpoints.load(step)  # what has the name of a checkpoint is one
         found = checkpoints.newest()
         assert found is not None
         assert found.state.step in ((2,) if again or finished else (1, 2))

@@ -224,7 +224,7 @@ def test_a_signal_finishes_the_step_saves_and_can_be_resumed(tmp_path, unbroken,
 
 
 def test_a_signal_during_an_evaluation_leaves_it_at_once_and_it_is_done_later(tmp_path, unbroken):
-    """Kills: an evaluation that is lost, or done only at the next multiple."""
+    """Kills: an evaluation that is lost, or done only at the next multiple; a record that is written twice."""
 
     def endless(step):
         if step < 8:
@@ -237,6 +237,10 @@ def test_a_signal_during_an_evaluation_leaves_it_at_once_and_it_is_done_later(tm
     with pytest.raises(Stopped):
         run(tmp_path, SECTION, tuned=tuned, evaluate=endless, evaluate_every=4)
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 7
+    # and once more, right behind the record that was missing
+    with pytest.raises(ZeroDivisionError):
+        one_run(tmp_path, resume=True, observers=[lambda record: 1 // 0])
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 8
     assert_same(tmp_path, one_run(tmp_path, resume=True), unbroken)
 
 
