@@ -77,6 +77,7 @@ class Family:
     structural: tuple[str, ...] = ()
     lead: str = ""
     tail: str = ""
+    words: str | None = None
 
     def folder(self, path: Path) -> Path:
         return tiny_tokenizer_folder(
@@ -86,6 +87,7 @@ class Family:
             structural=self.structural,
             bos=self.bos,
             eos=self.eos or self.end,
+            words=self.words,
         )
 
     def codec(self, path: Path) -> Codec:
@@ -94,10 +96,14 @@ class Family:
 
 _CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+# a run of line ends is one word, whatever follows: else the header's two would be cut apart by the answer behind them
+_LINES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 FAMILIES = {
     "chatml": Family(CHATML, _CHATML, "<|im_end|>"),
     "smollm2": Family(CHATML, _CHATML, "<|im_end|>", bos="<|im_start|>"),
-    "llama3": Family(LLAMA3, _LLAMA3, "<|eot_id|>", bos="<|begin_of_text|>", eos="<|end_of_text|>"),
+    "llama3": Family(
+        LLAMA3, _LLAMA3, "<|eot_id|>", bos="<|begin_of_text|>", eos="<|end_of_text|>", words=_LINES
+    ),
     "llama2": Family(LLAMA2, ("<unk>", "<s>", "</s>"), "</s>", bos="<s>", lead=" ", tail=" "),
     "gemma": Family(
         GEMMA,

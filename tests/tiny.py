@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -31,13 +31,22 @@ def tiny_tokenizer_folder(
     eos: str = "<|im_end|>",
     pad: str | None = None,
     vocab_size: int = 384,
+    words: str | None = None,
 ) -> Path:
-    """Writes a byte-level BPE tokenizer as a Hugging Face folder holds it; `structural` are added tokens that
-    are not marked special."""
+    """Writes a byte-level BPE tokenizer as a Hugging Face folder holds it.
+
+    `structural` are added tokens that are not marked special; `words` is a regular expression that cuts text
+    into words, by default that of GPT-2.
+    """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if words is not None:
+        cut = pre_tokenizers.Split(Regex(words), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [cut, pre_tokenizers.ByteLevel(False, use_regex=False)]
+        )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -1,0 +1,190 @@
+"""A mixture of sources as rows, dialogues and training examples, through one format and one template each.
+
+The one idea: nothing is held but places; a row is read, converted and encoded when it is asked for. Reading is in
+`sources`, converting in `formats`, encoding in `encode`, order in `order`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+from tunesmith.core.errors import DataError, Problems
+from tunesmith.data.codec import Codec
+from tunesmith.data.encode import Dropped, Example, encode_row, prompt_ids
+from tunesmith.data.formats import convert, detect
+from tunesmith.data.preview import Preview, preview
+from tunesmith.data.rows import Dialogue, Labelled, Row, Text
+from tunesmith.data.section import DataSection, Part
+from tunesmith.data.sources import Source, open_source
+from tunesmith.data.statistics import DataStatistics
+from tunesmith.data.templates import Template, open_template
+
+DAMAGED = "damaged, or not in its format"
+ENCODED_ROWS = 20_000  # rows that a check turns into tokens; conversion is checked for every row
+Progress = Callable[[int, int], None]
+
+
+class Dataset:
+    """Rows of one `data.train` or `data.eval`; made by `open_data`.
+
+    Attributes:
+        sources: where rows come from; `weights` says how often an epoch sees each.
+        formats: the format of each source.
+    """
+
+    def __init__(
+        self, sources: list[Source], weights: list[float], section: DataSection, codec: Codec
+    ) -> None:
+        self.sources, self.weights, self.section, self.codec = sources, weights, section, codec
+        self.formats = [_format(source, section.format) for source in sources]
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each source."""
+        return [len(source) for source in self.sources]
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of what each source holds, by its name."""
+        return {source.name: source.sha256 for source in self.sources}
+
+    @cached_property
+    def template(self) -> Template:
+        """What dialogues are rendered with."""
+        return open_template(self.section.template, self.codec)
+
+    @cached_property
+    def _plain(self) -> Template:
+        return open_template(self.section.template, self.codec, plain=True)
+
+    def template_of(self, row: Row) -> Template:
+        """The template of one row: bare prompts and completions have none of the model's unless the user names it."""
+        return self._plain if isinstance(row, Dialogue) and row.plain else self.template
+
+    def row(self, source: int, row: int) -> Row:
+        """One row, converted. Raises DataError naming file and line."""
+        raw = self.sources[source][row]
+        return convert(raw.data, self.formats[source], raw.where)
+
+    def example(self, source: int, row: int) -> Example | Dropped:
+        """One row as tokens, or why it is left out. Raises DataError unless bad rows are to be skipped."""
+        try:
+            return self._encoded(self.row(source, row))
+        except DataError as error:
+            if not self.section.skip_bad_rows:
+                raise
+            return Dropped(DAMAGED, error.where)
+
+    def dialogue(self, source: int, row: int) -> Dialogue:
+        """One row as question and answers, for evaluation. Raises DataError for running text."""
+        found = self.row(source, row)
+        if isinstance(found, Text):
+            raise DataError("running text has no question and answer to evaluate", where=found.where)
+        return found.dialogue() if isinstance(found, Labelled) else found
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """(source, row) of every row, in the order of the files."""
+        for source, size in enumerate(self.sizes):
+            yield from ((source, row) for row in range(size))
+
+    def dialogues(self, limit: int | None = None) -> Iterator[Dialogue]:
+        """The first `limit` rows as questions and answers, without those that are to be skipped."""
+        yield from islice(self._dialogues(), limit)
+
+    def prompt_ids(self, dialogue: Dialogue, shots: list[Dialogue] | None = None) -> list[int]:
+        """What a model is given to answer it."""
+        return prompt_ids(dialogue, self.template_of(dialogue), self.codec, shots or ())
+
+    def describe(self) -> str:
+        """One line: names, rows, formats, template."""
+        parts = [
+            f"{source.name}: {len(source)} rows, format {name}"
+            + (f", weight {weight:g}" if weight != 1 else "")
+            for source, name, weight in zip(self.sources, self.formats, self.weights, strict=True)
+        ]
+        return "; ".join([*parts, self._template_line()])
+
+    def check(self, limit: int = 20, progress: Progress | None = None) -> DataStatistics:
+        """Reads every row and encodes the first twenty thousand.
+
+        Raises DataError with up to `limit` problems, or when there is nothing to learn.
+        """
+        problems = Problems()
+        found = DataStatistics(rows=len(self))
+        for number, (source, row) in enumerate(self.places()):
+            try:
+                self._check_row(source, row, found)
+            except DataError as error:
+                if not self.section.skip_bad_rows:
+                    problems.add(error, keep=limit)
+                else:
+                    found.add(Dropped(DAMAGED, error.where))
+            if progress is not None:
+                progress(number + 1, len(self))
+        problems.raise_if_any(limit)
+        if not found.kept:
+            reasons = "; ".join(f"{count} rows: {reason}" for reason, count in found.dropped.most_common())
+            text = f"0 trainable rows of {found.examined} in {', '.join(self.hashes)}: {reasons or 'there are none'}"
+            raise DataError(text, where="data", hint=self._hint(found))
+        return found
+
+    def preview(self, count: int) -> list[Preview]:
+        """Some kept rows as the model will see them, taken from every source in turn."""
+        found: list[Preview] = []
+        for row in range(max(self.sizes, default=0)):
+            for source in range(len(self.sources)):
+                if len(found) == count:
+                    return found
+                if row < len(self.sources[source]):
+                    example = self.example(source, row)
+                    found += [preview(example, self.codec)] if isinstance(example, Example) else []
+        return found
+
+    def _encoded(self, row: Row) -> Example | Dropped:
+        return encode_row(row, self.template_of(row), self.codec, self.section.max_length)
+
+    def _check_row(self, source: int, row: int, found: DataStatistics) -> None:
+        raw = self.sources[source][row]
+        converted = convert(raw.data, self.formats[source], raw.where)
+        found.see(raw.data)
+        if found.examined < ENCODED_ROWS:
+            found.add(self._encoded(converted))
+
+    def _dialogues(self) -> Iterator[Dialogue]:
+        for source, row in self.places():
+            try:
+                yield self.dialogue(source, row)
+            except DataError:
+                if not self.section.skip_bad_rows:
+                    raise
+
+    def _template_line(self) -> str:
+        if set(self.formats) == {"text"}:
+            return "no template"
+        plain = set(self.formats) == {"prompt_completion"}
+        chosen = self._plain if plain else self.template
+        folded = " (system messages go into the first user turn)" if chosen.folds_system else ""
+        return f"template {chosen.name}{folded}"
+
+    def _hint(self, found: DataStatistics) -> str:
+        return f"raise data.max_length above {self.section.max_length}" if found.dropped else ""
+
+
+def open_data(
+    parts: tuple[Part, ...], section: DataSection, codec: Codec, progress: Progress | None = None
+) -> Dataset:
+    """The dataset of `section.train` or `section.eval`. Raises DataError, ConfigError."""
+    sources = [open_source(part.path) for part in parts]
+    return Dataset(sources, [part.weight for part in parts], section, codec)
+
+
+def _format(source: Any, named: str) -> str:
+    if named != "auto":
+        return named
+    return detect([source[row] for row in range(min(len(source), 100))])

@@ -1,0 +1,66 @@
+"""Rows as a person checks them: what the model will see, with the part that it learns to write.
+
+The one idea: the text is decoded from the token ids that training uses, not taken from the file.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+from itertools import groupby
+
+from tunesmith.data.codec import Codec
+from tunesmith.data.encode import Example
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a row: whether it is learnt, and whether it is a control token."""
+
+    text: str
+    supervised: bool
+    control: bool
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One row as pieces, with how many tokens it has, how many are learnt, how many were cut off."""
+
+    where: str
+    pieces: tuple[Piece, ...]
+    tokens: int
+    supervised_tokens: int
+    truncated_tokens: int
+
+
+def preview(example: Example, codec: Codec) -> Preview:
+    """The pieces of an example; characters that would act on a terminal are escaped."""
+    controls = {control.id for control in codec.controls.values()}
+    kinds = [
+        (learnt, token in controls) for token, learnt in zip(example.ids, example.supervised, strict=True)
+    ]
+    pieces = []
+    done = 0
+    before = ""
+    for (learnt, control), group in groupby(kinds):
+        done += len(list(group))
+        # some decoders drop the space before the first token: a piece is what it adds to the text so far
+        text = codec.decode(example.ids[:done], skip_special=False)
+        pieces.append(Piece(visible(text[len(before) :]), learnt, control))
+        before = text
+    counts = (len(example.ids), sum(example.supervised), example.truncated_tokens)
+    return Preview(example.where, tuple(pieces), *counts)
+
+
+def visible(text: str) -> str:
+    """The text with control and direction characters, line ends and tabs aside, written as escapes."""
+    return "".join(_escape(one) if _acts(one) else one for one in text)
+
+
+def _acts(character: str) -> bool:
+    return character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"

@@ -1,0 +1,98 @@
+"""What a dataset comes to in rows and tokens: kept, left out and why, cut, repeated.
+
+The one idea: kept and left out add up to the rows looked at, and nothing is cut or lost without being counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from tunesmith.core.files import canonical_json
+from tunesmith.data.encode import Dropped, Example
+
+_REMEMBERED = 2_000_000  # rows whose hashes are kept to find repeats: 8 bytes each and the set around them
+
+
+@dataclass
+class DataStatistics:
+    """Counts over the rows looked at.
+
+    Attributes:
+        rows: in the dataset; `examined` of them were turned into tokens.
+        kept: rows that can be learnt from; `dropped` counts the others by reason.
+        truncated_rows: rows that lost `truncated_tokens` in all.
+        tokens: of kept rows, `supervised_tokens` of them learnt.
+        longest_tokens: of the longest kept row.
+        escaped_rows: rows that hold control-token strings, which were encoded as ordinary text.
+        duplicates: rows that are exactly an earlier row.
+        lengths: kept rows by length: `{64: 3}` are three rows of 33 to 64 tokens.
+    """
+
+    rows: int = 0
+    examined: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    truncated_rows: int = 0
+    truncated_tokens: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    longest_tokens: int = 0
+    escaped_rows: int = 0
+    duplicates: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
+    hashes: set[int] = field(default_factory=set, repr=False)
+
+    def add(self, found: Example | Dropped) -> None:
+        """Counts one row as tokens."""
+        self.examined += 1
+        if isinstance(found, Dropped):
+            self.dropped[found.reason] += 1
+            return
+        self.kept += 1
+        self.tokens += len(found.ids)
+        self.supervised_tokens += sum(found.supervised)
+        self.longest_tokens = max(self.longest_tokens, len(found.ids))
+        self.truncated_rows += found.truncated_tokens > 0
+        self.truncated_tokens += found.truncated_tokens
+        self.escaped_rows += found.escaped > 0
+        self.lengths[1 << (len(found.ids) - 1).bit_length()] += 1
+
+    def see(self, data: dict[str, Any]) -> None:
+        """Notices an exact repeat of a row."""
+        value = row_hash(data)
+        if value in self.hashes:
+            self.duplicates += 1
+        elif len(self.hashes) < _REMEMBERED:
+            self.hashes.add(value)
+
+    def shared_with(self, other: DataStatistics) -> int:
+        """How many different rows of this dataset are rows of the other, too."""
+        return len(self.hashes & other.hashes)
+
+    def as_json(self) -> dict[str, Any]:
+        """The counts as plain values, for run.json and the report."""
+        values = {key: value for key, value in vars(self).items() if key != "hashes"}
+        lengths = {str(bound): self.lengths[bound] for bound in sorted(self.lengths)}
+        return {**values, "dropped": dict(self.dropped), "lengths": lengths}
+
+    def line(self) -> str:
+        """The counts in one line."""
+        parts = [f"{self.kept} of {self.examined} rows kept", f"{self.tokens} tokens"]
+        parts.append(f"{self.supervised_tokens} supervised")
+        parts += [f"{count} left out: {reason}" for reason, count in self.dropped.most_common()]
+        if self.truncated_rows:
+            parts.append(f"{self.truncated_rows} cut by {self.truncated_tokens} tokens")
+        if self.duplicates:
+            parts.append(f"{self.duplicates} exact repeats")
+        if self.escaped_rows:
+            parts.append(f"{self.escaped_rows} hold control-token strings (read as text)")
+        return ", ".join(parts)
+
+
+def row_hash(data: dict[str, Any]) -> int:
+    """64 bits that equal rows share."""
+    raw = canonical_json(data).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
