@@ -100,7 +100,7 @@ class LoRA(Method):
         import torch
         from torch.nn.functional import dropout, embedding, linear
 
-        a, b = insert.A.to(y.dtype), insert.B.to(y.dtype)
+        a, b = insert["A"].to(y.dtype), insert["B"].to(y.dtype)
         if not torch.is_floating_point(x):
             return linear(embedding(x, a.T) * insert.scale, b)
         if self.dropout and insert.training:
@@ -110,7 +110,7 @@ class LoRA(Method):
 
     def weight(self, insert: Insert) -> Tensor:
         """s B A in float32: [outputs, inputs]."""
-        return (insert.B.detach().float() @ insert.A.detach().float()) * insert.scale
+        return (insert["B"].detach().float() @ insert["A"].detach().float()) * insert.scale
 
     def _no_norms(self) -> None:
         if "norm" in self.targets:

@@ -47,6 +47,11 @@ class Insert(nn.Module):
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
 
+    def __getitem__(self, name: str) -> nn.Parameter:
+        parameter = self._parameters[name]
+        assert parameter is not None
+        return parameter
+
     def added(self, x: Tensor, y: Tensor, factor: Tensor | None = None) -> Tensor:
         """The output with this insert's delta in it."""
         delta = self.method.delta(self, x, y)
