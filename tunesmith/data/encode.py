@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tunesmith.core.errors import ConfigError
 from tunesmith.data.codec import Codec
 from tunesmith.data.rows import Dialogue, Labelled, Message, Row, Text
 from tunesmith.data.templates import Template, render
@@ -80,9 +79,7 @@ def _encode_text(row: Text, codec: Codec, max_length: int) -> Example | Dropped:
     return Example(kept, [False] + [True] * (len(kept) - 1), row.where, len(ids) - len(kept))
 
 
-def _fit(
-    ids: list[int], supervised: list[bool], max_length: int, keep: int
-) -> tuple[list[int], list[bool]] | str:
+def _fit(ids: list[int], supervised: list[bool], max_length: int, keep: int) -> tuple[list[int], list[bool]] | str:
     """Cuts to `max_length`: first what follows the last answer, then the start behind the first `keep` tokens."""
     learnt = [False, *supervised[1:]]  # nothing predicts the first token
     if True not in learnt:
@@ -114,13 +111,3 @@ def _with_shots(turns: Sequence[Message], shots: Sequence[Dialogue], plain: bool
         return (*system, first, *rest[1:])
     solved = [message for shot in shots for message in shot.messages if message.role != "system"]
     return (*system, *solved, *rest)
-
-
-def stop_ids(template: Template, codec: Codec) -> frozenset[int]:
-    """The token ids that end an answer. Raises ConfigError when there is none."""
-    found = template.stop_ids | codec.stop_ids
-    if not found:
-        raise ConfigError(
-            "neither template nor tokenizer names a token that ends an answer", where=str(codec.folder)
-        )
-    return found
