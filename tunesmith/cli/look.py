@@ -61,8 +61,8 @@ def _show_rows(dataset: Any, rows: int) -> None:
 def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Say before anything is paid what CONFIG needs: parameters, memory, steps, tokens, FLOPs, time."""
     from tunesmith.config import load_config
-    from tunesmith.run.prepare import prepare
     from tunesmith.run.planning import plan_run
+    from tunesmith.run.prepare import prepare
 
     made = plan_run(prepare(load_config(config, overrides)))
     if as_json:

@@ -47,7 +47,7 @@ def read_yaml_text(text: str, where: str) -> Any:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
-    reader = YAML(typ="safe", pure=True)
+    reader: Any = YAML(typ="safe", pure=True)
     reader.allow_duplicate_keys = False
     try:
         _refuse_surprises(reader, text, where)
@@ -64,7 +64,7 @@ def write_yaml_text(value: Any) -> str:
     """Plain data as YAML with its keys in the given order."""
     from ruamel.yaml import YAML
 
-    writer = YAML(typ="safe", pure=True)
+    writer: Any = YAML(typ="safe", pure=True)
     writer.default_flow_style = False
     writer.sort_base_mapping_type_on_output = False
     stream = io.StringIO()

@@ -128,7 +128,7 @@ def _train(
             config.precision,
             folder.path,
             total_steps=prepared.totals.steps,
-            evaluate=judge.during(policy) if config.evaluate.every else None,
+            evaluate=judge.during(adapter.loaded, policy) if config.evaluate.every else None,
             evaluate_every=config.evaluate.every,
             observers=observers,
             resume=resume,

@@ -68,7 +68,9 @@ def find(source: str) -> Named:
             return Named(source, str(folder / "model"), template=template)
         if (folder / "adapter" / "adapter_config.json").exists():
             return Named(source, str(config["model"]), folder / "adapter", template)
-        raise ModelError("this run has no result yet", where=source, hint="finish it with `tunesmith tune ... --resume`")
+        raise ModelError(
+            "this run has no result yet", where=source, hint="finish it with `tunesmith tune ... --resume`"
+        )
     if (folder / "adapter_config.json").exists():
         settings = read_json(folder / "adapter_config.json", ModelError)
         base = settings.get("base_model_name_or_path")

@@ -127,5 +127,3 @@ def read_data(parts: Parts, section: DataSection, codec: Codec, where: str) -> t
 def progress(total: int, title: str) -> Any:
     """A progress bar where there is enough to do; yields None where there is not."""
     return progress_bar(title, total, bytes_=False) if total > MANY_ROWS else nullcontext()
-
-

@@ -15,9 +15,10 @@ def ship(source: str, to: str, target: str) -> Path:
 
     Raises: ConfigError where the target exists or the run has no adapter to write; ModelError.
     """
+    from tunesmith.export.merged import refuse_existing
+
     path = Path(target)
-    if path.exists():
-        raise ConfigError("exists already; it is never overwritten", where=target, hint="choose another place")
+    refuse_existing(path)
     if to == "peft":
         return _adapter(source, path)
     from tunesmith.adapt.merge import merge
@@ -32,15 +33,13 @@ def ship(source: str, to: str, target: str) -> Path:
         return save_merged(opened.loaded, path)
     from tunesmith.export.gguf import save_gguf
 
-    return save_gguf(opened.loaded, path if path.suffix == ".gguf" else path / "model.gguf")
+    return save_gguf(opened.loaded, path)
 
 
 def _adapter(source: str, path: Path) -> Path:
     adapter = find(source).adapter
     if adapter is None:
-        raise ConfigError(
-            "there is no adapter here: the whole model was trained", where=source, hint="use --to merged"
-        )
+        raise ConfigError("there is no adapter here: the whole model was trained", where=source, hint="use --to merged")
     with atomic_folder(path) as work:
         for file in adapter.iterdir():
             shutil.copyfile(file, work / file.name)

@@ -1,0 +1,189 @@
+"""Who sits an exam: a run before and after, or any models side by side; and the files that keep the answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.core.errors import CheckpointError, ConfigError
+from tunesmith.core.files import canonical_json, read_json, write_atomic
+from tunesmith.data.section import DataSection
+from tunesmith.evaluate.section import EvaluateSection, metric_names
+from tunesmith.run.exam import Exam, Scores, choose_shots, constant_answers, samples
+
+if TYPE_CHECKING:
+    from tunesmith.data.codec import Codec
+    from tunesmith.data.dataset import Dataset
+    from tunesmith.models.load import Loaded
+    from tunesmith.models.policy import Policy
+    from tunesmith.models.route import Route
+    from tunesmith.run.prepare import Prepared
+
+CONSTANT, COPY = "constant answer", "copy of the prompt"
+
+
+class Judge:
+    """Sits the exam before, during and after a run, and keeps eval.json and samples.jsonl.
+
+    Without data.eval or metrics it does nothing but the loss during training.
+    """
+
+    def __init__(self, prepared: Prepared, folder: Path) -> None:
+        self.prepared, self.folder = prepared, folder
+        self.section: EvaluateSection = prepared.config.evaluate
+        self.models: list[dict[str, Any]] = []
+        self.answers: dict[str, list[str]] = {}
+        self.exam: Exam | None = None
+        if prepared.eval is not None:
+            section = self.section
+            self.exam = Exam(prepared.eval, section.metrics, section.generate, section.rows)
+
+    def before(self, loaded: Loaded) -> None:
+        """The untuned model, with and without solved examples, and the two answers that need no model."""
+        from tunesmith.models.route import BASE
+
+        if self.exam is None or not self.section.metrics or self._recall():
+            return
+        exam, codec = self.exam, self.prepared.codec
+        scores, answers = exam.sit(loaded, BASE, codec, title="before tuning:")
+        self._enter("untuned", scores, answers)
+        if exam.spoken:
+            if self.section.shots:
+                shots = choose_shots(self.prepared.train, self.section.shots, exam.dialogues)
+                scores, answers = exam.sit(loaded, BASE, codec, shots, title=f"with {len(shots)} examples:")
+                self._enter(f"untuned, {len(shots)} shots", scores, answers)
+            constant = constant_answers(exam, self.prepared.train)
+            self._enter(CONSTANT, exam.score(constant), constant)
+            self._enter(COPY, exam.score(exam.questions), exam.questions)
+        self._write()
+
+    def during(self, loaded: Loaded, policy: Policy) -> Callable[[int], dict[str, float]]:
+        """What the trainer calls every so often: the loss, and the metric it may stop on."""
+        assert self.exam is not None
+        exam, stop = self.exam, self.prepared.config.train.stop
+        spoken = stop is not None and stop.metric in {metric.name for metric in exam.spoken}
+
+        def measure(step: int) -> dict[str, float]:
+            totals, tokens = exam.row_losses(policy)
+            found = {"loss": sum(totals) / max(1, sum(tokens))}
+            if spoken:
+                answers = exam.write(loaded, policy.route, self.prepared.codec, title=f"step {step}:")
+                found |= {name: score["value"] for name, score in exam.score(answers).items()}
+            return found
+
+        return measure
+
+    def after(self, loaded: Loaded, route: Route, kind: str) -> None:
+        """The tuned model."""
+        if self.exam is None or not self.section.metrics:
+            return
+        scores, answers = self.exam.sit(loaded, route, self.prepared.codec, title="after tuning:")
+        self._enter(f"tuned ({kind})", scores, answers)
+        self._write()
+
+    def print_table(self) -> None:
+        """The table of all models on stderr."""
+        if self.models:
+            from rich.console import Console
+
+            from tunesmith.evaluate.table import metrics_table
+
+            Console(stderr=True, highlight=False).print(metrics_table({"models": self.models}))
+
+    def _enter(self, name: str, scores: Scores, answers: list[str]) -> None:
+        self.models = [model for model in self.models if model["name"] != name]
+        self.models.append({"name": name, "metrics": scores})
+        self.answers[name] = answers
+
+    def _recall(self) -> bool:
+        """Takes what was judged before an interruption; False where nothing was."""
+        path = self.folder / "eval.json"
+        if not path.exists():
+            return False
+        self.models = read_json(path, CheckpointError)["models"]
+        lines = (self.folder / "samples.jsonl").read_text("utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        self.answers["untuned"] = [row["base"] for row in rows] if rows and "base" in rows[0] else []
+        return True
+
+    def _write(self) -> None:
+        assert self.exam is not None
+        columns = {"base": self.answers.get("untuned", [])}
+        columns["tuned"] = next((found for name, found in self.answers.items() if name.startswith("tuned")), [])
+        lines = samples(self.exam, columns)
+        write_atomic(self.folder / "samples.jsonl", "".join(lines))
+        write_atomic(self.folder / "eval.json", canonical_json({"models": self.models}, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What `tunesmith evaluate` asks; each field is one of its options."""
+
+    data: str
+    metrics: tuple[str, ...]
+    max_new_tokens: int = 64
+    rows: int | None = None
+    shots: int = 0
+    shots_from: str | None = None
+    baselines: bool = False
+    data_format: str = "auto"
+    template: str = "auto"
+    max_length: int = 1024
+    precision: str = "auto"
+
+    def dataset(self, source: str, codec: Codec, template: str) -> Dataset:
+        """Rows of `source` for a tokenizer. Raises DataError, ConfigError."""
+        from tunesmith.run.prepare import read_data
+
+        settings = {"eval": source, "format": self.data_format, "template": template, "max_length": self.max_length}
+        section = DataSection.model_validate(settings)
+        return read_data(section.eval, section, codec, "--data")[0]
+
+
+def judge_models(sources: list[str], question: Question, out: str | None = None) -> dict[str, Any]:
+    """Several models side by side: {models: [{name, metrics}]}; with `out` also eval.json and samples.jsonl there.
+
+    Raises: ConfigError, DataError, ModelError.
+    """
+    from tunesmith.models.source import resolve
+    from tunesmith.run.opening import find, open_model
+
+    try:
+        metrics = metric_names(question.metrics)
+    except ValueError as error:
+        raise ConfigError(str(error), where="--metrics") from error
+    for source in sources:
+        resolve(find(source).model)  # a wrong name is told before any model is loaded
+    models: list[dict[str, Any]] = []
+    columns: dict[str, list[str]] = {}
+    exam: Exam | None = None
+    for source in sources:
+        opened = open_model(source, template=question.template, precision=question.precision)
+        template = find(source).template if question.template == "auto" else question.template
+        exam = Exam(
+            question.dataset(question.data, opened.codec, template or "auto"),
+            metrics,
+            question.max_new_tokens,
+            question.rows,
+        )
+        shots = []
+        if question.shots:
+            solved = question.dataset(question.shots_from or question.data, opened.codec, template or "auto")
+            shots = choose_shots(solved, question.shots, exam.dialogues)
+        scores, answers = exam.sit(opened.loaded, opened.route, opened.codec, shots, title=f"{source}:")
+        name = f"{source}, {question.shots} shots" if shots else source
+        models.append({"name": name, "metrics": scores})
+        columns[name] = answers
+    if question.baselines and exam is not None and exam.spoken:
+        for name, answers in ((CONSTANT, constant_answers(exam, None)), (COPY, exam.questions)):
+            models.append({"name": name, "metrics": exam.score(answers)})
+            columns[name] = answers
+    if out is not None and exam is not None:
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "eval.json", canonical_json({"models": models}, indent=1) + "\n")
+        write_atomic(folder / "samples.jsonl", "".join(samples(exam, columns)))
+    return {"models": models}
