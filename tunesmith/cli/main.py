@@ -10,7 +10,6 @@ import os
 import sys
 from typing import Any
 
-import click
 import typer
 
 from tunesmith.cli import judge, look, ship, start, talk, tune
@@ -25,7 +24,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="--debug anywhere shows where an error comes from. Exit codes: 0 done, 2 configuration or usage, 3 data, "
+    "4 model or checkpoint, 5 resource, 6 diverged, 7 busy, 75 and 130 stopped after saving.",
 )
+# typer brings its own copy of click, under a name that is not public
+UsageError = typer.BadParameter.__mro__[1]
+
 for group in (start, look, tune, judge, talk, ship):
     group.register(app)
 
@@ -37,8 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
     words = [word for word in words if word != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app(args=words, standalone_mode=False, prog_name="tunesmith")
-    except click.exceptions.Exit as stop:
+        sys.exit(app(args=words, standalone_mode=False, prog_name="tunesmith") or 0)
+    except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except (Exception, KeyboardInterrupt) as error:
         if debug:
@@ -61,10 +65,11 @@ def _report(error: BaseException, as_json: bool) -> int:
 def _described(error: BaseException) -> tuple[str, str, str, int]:
     if isinstance(error, TunesmithError):
         return error.message, error.where, error.hint, error.exit_code
-    if isinstance(error, click.UsageError):
-        hint = f"see `{error.ctx.command_path} --help`" if error.ctx else ""
-        return error.format_message(), "", hint, 2
-    if isinstance(error, KeyboardInterrupt | click.Abort):
+    if isinstance(error, UsageError):
+        context: Any = getattr(error, "ctx", None)
+        hint = f"see `{context.command_path} --help`" if context else ""
+        return error.format_message(), "", hint, 2  # type: ignore[attr-defined]
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
         return "interrupted", "", "", 130
     if isinstance(error, BrokenPipeError):
         # the reader of our output went away (as in `| head`): nothing more can be said there
