@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import islice
-from typing import Any
 
 from tunesmith.core.errors import DataError, Problems
 from tunesmith.data.codec import Codec
 from tunesmith.data.encode import Dropped, Example, encode_row, prompt_ids
-from tunesmith.data.formats import convert, detect
+from tunesmith.data.formats import convert, format_of
 from tunesmith.data.preview import Preview, preview
 from tunesmith.data.rows import Dialogue, Labelled, Row, Text
 from tunesmith.data.section import DataSection, Part
@@ -35,11 +34,9 @@ class Dataset:
         formats: the format of each source.
     """
 
-    def __init__(
-        self, sources: list[Source], weights: list[float], section: DataSection, codec: Codec
-    ) -> None:
+    def __init__(self, sources: list[Source], weights: list[float], section: DataSection, codec: Codec) -> None:
         self.sources, self.weights, self.section, self.codec = sources, weights, section, codec
-        self.formats = [_format(source, section.format) for source in sources]
+        self.formats = [format_of(source, section.format) for source in sources]
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -54,18 +51,22 @@ class Dataset:
         """SHA-256 of what each source holds, by its name."""
         return {source.name: source.sha256 for source in self.sources}
 
-    @cached_property
+    @property
     def template(self) -> Template:
-        """What dialogues are rendered with."""
+        """What its rows are rendered with; of several sources, what those are that are not bare prompts."""
+        return self._plain if set(self.formats) == {"prompt_completion"} else self._chat
+
+    def template_of(self, row: Row) -> Template:
+        """The template of one row: bare prompts and completions have none of the model's unless the user names it."""
+        return self._plain if isinstance(row, Dialogue) and row.plain else self._chat
+
+    @cached_property
+    def _chat(self) -> Template:
         return open_template(self.section.template, self.codec)
 
     @cached_property
     def _plain(self) -> Template:
         return open_template(self.section.template, self.codec, plain=True)
-
-    def template_of(self, row: Row) -> Template:
-        """The template of one row: bare prompts and completions have none of the model's unless the user names it."""
-        return self._plain if isinstance(row, Dialogue) and row.plain else self.template
 
     def row(self, source: int, row: int) -> Row:
         """One row, converted. Raises DataError naming file and line."""
@@ -104,8 +105,7 @@ class Dataset:
     def describe(self) -> str:
         """One line: names, rows, formats, template."""
         parts = [
-            f"{source.name}: {len(source)} rows, format {name}"
-            + (f", weight {weight:g}" if weight != 1 else "")
+            f"{source.name}: {len(source)} rows, format {name}" + (f", weight {weight:g}" if weight != 1 else "")
             for source, name, weight in zip(self.sources, self.formats, self.weights, strict=True)
         ]
         return "; ".join([*parts, self._template_line()])
@@ -167,24 +167,18 @@ class Dataset:
     def _template_line(self) -> str:
         if set(self.formats) == {"text"}:
             return "no template"
-        plain = set(self.formats) == {"prompt_completion"}
-        chosen = self._plain if plain else self.template
-        folded = " (system messages go into the first user turn)" if chosen.folds_system else ""
-        return f"template {chosen.name}{folded}"
+        folded = " (system messages go into the first user turn)" if self.template.folds_system else ""
+        return f"template {self.template.name}{folded}"
 
     def _hint(self, found: DataStatistics) -> str:
         return f"raise data.max_length above {self.section.max_length}" if found.dropped else ""
 
 
-def open_data(
-    parts: tuple[Part, ...], section: DataSection, codec: Codec, progress: Progress | None = None
-) -> Dataset:
-    """The dataset of `section.train` or `section.eval`. Raises DataError, ConfigError."""
-    sources = [open_source(part.path) for part in parts]
+def open_data(parts: tuple[Part, ...], section: DataSection, codec: Codec, progress: Progress | None = None) -> Dataset:
+    """The dataset of `section.train` or `section.eval`.
+
+    `progress` is called with (bytes read, bytes in all) while a file is indexed. Raises DataError, ConfigError,
+    ResourceError.
+    """
+    sources = [open_source(part.path, progress) for part in parts]
     return Dataset(sources, [part.weight for part in parts], section, codec)
-
-
-def _format(source: Any, named: str) -> str:
-    if named != "auto":
-        return named
-    return detect([source[row] for row in range(min(len(source), 100))])
