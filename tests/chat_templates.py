@@ -101,9 +101,7 @@ _LINES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\
 FAMILIES = {
     "chatml": Family(CHATML, _CHATML, "<|im_end|>"),
     "smollm2": Family(CHATML, _CHATML, "<|im_end|>", bos="<|im_start|>"),
-    "llama3": Family(
-        LLAMA3, _LLAMA3, "<|eot_id|>", bos="<|begin_of_text|>", eos="<|end_of_text|>", words=_LINES
-    ),
+    "llama3": Family(LLAMA3, _LLAMA3, "<|eot_id|>", bos="<|begin_of_text|>", eos="<|end_of_text|>", words=_LINES),
     "llama2": Family(LLAMA2, ("<unk>", "<s>", "</s>"), "</s>", bos="<s>", lead=" ", tail=" "),
     "gemma": Family(
         GEMMA,
@@ -113,9 +111,7 @@ FAMILIES = {
         eos="<eos>",
     ),
     "mistral": Family(MISTRAL, ("<s>", "</s>", "[INST]", "[/INST]"), "</s>", bos="<s>"),
-    "qwen3": Family(
-        QWEN3, _CHATML, "<|im_end|>", structural=("<think>", "</think>"), lead="<think>\n\n</think>\n\n"
-    ),
+    "qwen3": Family(QWEN3, _CHATML, "<|im_end|>", structural=("<think>", "</think>"), lead="<think>\n\n</think>\n\n"),
     "zephyr": Family(ZEPHYR, ("<s>", "</s>"), "</s>", bos="<s>"),
     "tagged": Family(TAGGED, _CHATML, "<|im_end|>"),
 }

@@ -107,9 +107,7 @@ def test_an_answer_that_goes_on_in_a_word_gets_no_space(step: str, tmp_path: Pat
 
 
 def byte_level(path: Path) -> Tokenizer:
-    return Tokenizer.from_file(
-        str(tiny_tokenizer_folder(path, special=SPECIAL, eos="</s>") / "tokenizer.json")
-    )
+    return Tokenizer.from_file(str(tiny_tokenizer_folder(path, special=SPECIAL, eos="</s>") / "tokenizer.json"))
 
 
 def swallowing(path: Path) -> Tokenizer:
@@ -174,9 +172,7 @@ def test_stop_ids_join_those_of_the_generation_config(tmp_path: Path) -> None:
         ("tokenizer_config.json", "{", "tokenizer_config.json: not valid JSON"),
     ],
 )
-def test_a_damaged_folder_names_its_file(
-    name: str, content: str | None, problem: str, tmp_path: Path
-) -> None:
+def test_a_damaged_folder_names_its_file(name: str, content: str | None, problem: str, tmp_path: Path) -> None:
     """Kills: a traceback, or an error without the file."""
     folder = tiny_tokenizer_folder(tmp_path)
     (folder / name).unlink()

@@ -48,9 +48,7 @@ def test_kept_and_left_out_add_up(tmp_path: Path) -> None:
 def test_nothing_to_learn_is_an_error_that_says_why(tmp_path: Path) -> None:
     """Kills: a run over no row at all that ends well."""
     rows = [chat("Hi", "blue white and red " * 30)] * 3
-    with pytest.raises(
-        DataError, match=r"0 trainable rows of 3 .*3 rows: the answer alone is longer"
-    ) as caught:
+    with pytest.raises(DataError, match=r"0 trainable rows of 3 .*3 rows: the answer alone is longer") as caught:
         dataset(tmp_path, rows, max_length=20).check()
     assert caught.value.exit_code == 3
     assert "data.max_length" in caught.value.hint
@@ -88,10 +86,7 @@ def test_bare_prompts_are_joined_without_the_template_unless_one_is_named(tmp_pa
     data = dataset(tmp_path, [GOOD])
     example = data.example(0, 0)
     assert isinstance(example, Example)
-    assert (
-        data.codec.decode(example.ids, skip_special=False)
-        == GOOD["prompt"] + GOOD["completion"] + "<|im_end|>"
-    )
+    assert data.codec.decode(example.ids, skip_special=False) == GOOD["prompt"] + GOOD["completion"] + "<|im_end|>"
     assert "template plain" in data.describe()
     named = dataset(tmp_path, [GOOD], template="alpaca").example(0, 0)
     assert isinstance(named, Example)
@@ -121,9 +116,7 @@ def test_a_preview_is_the_whole_row_with_the_answer_marked(tmp_path: Path) -> No
     data = dataset(tmp_path, [chat("Hi, ünïcode 🙂", "Hello 你好."), chat("a", "b")])
     first, second = data.preview(5)
     shown = "".join(piece.text for piece in first.pieces)
-    assert (
-        shown == "<|im_start|>user\nHi, ünïcode 🙂<|im_end|>\n<|im_start|>assistant\nHello 你好.<|im_end|>\n"
-    )
+    assert shown == "<|im_start|>user\nHi, ünïcode 🙂<|im_end|>\n<|im_start|>assistant\nHello 你好.<|im_end|>\n"
     assert [piece.text for piece in first.pieces if piece.supervised] == ["Hello 你好.", "<|im_end|>"]
     assert [piece.text for piece in first.pieces if piece.control] == ["<|im_start|>", "<|im_end|>"] * 2
     assert first.supervised_tokens < first.tokens
@@ -150,9 +143,7 @@ def test_control_strings_in_rows_are_counted(tmp_path: Path) -> None:
 def test_progress_reaches_the_end(tmp_path: Path) -> None:
     """Kills: reporting before or without the last row."""
     seen: list[tuple[int, int]] = []
-    dataset(tmp_path, [chat("Hi", "Hello.")] * 4).check(
-        progress=lambda done, total: seen.append((done, total))
-    )
+    dataset(tmp_path, [chat("Hi", "Hello.")] * 4).check(progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 

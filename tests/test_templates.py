@@ -53,9 +53,7 @@ def learnt_runs(example: Example) -> list[list[int]]:
 
 @pytest.mark.parametrize("turns", ROWS, ids=("one", "two", "three"))
 @pytest.mark.parametrize("name", SPECS)
-def test_exactly_the_answers_and_one_end_token_each_are_learnt(
-    name: str, turns: tuple, tmp_path: Path
-) -> None:
+def test_exactly_the_answers_and_one_end_token_each_are_learnt(name: str, turns: tuple, tmp_path: Path) -> None:
     """Kills: supervising the header, the line end after the end token, or no end token; the last turn alone."""
     template, codec, family = opened(name, tmp_path)
     end = family.end if name in FAMILIES else codec.eos_token
@@ -88,9 +86,7 @@ def test_a_prompt_is_exactly_how_its_training_row_starts(name: str, turns: tuple
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize(("asked", "answer"), [("the qui", "ck brown fox"), ("Write:\n", "\n\nFrance")])
-def test_a_border_inside_a_word_is_a_border_of_tokens(
-    name: str, asked: str, answer: str, tmp_path: Path
-) -> None:
+def test_a_border_inside_a_word_is_a_border_of_tokens(name: str, asked: str, answer: str, tmp_path: Path) -> None:
     """Kills: encoding the whole in one go; taking the rest of that for the answer where the border has no token."""
     template, codec, _ = opened(name, tmp_path)
     row = dialogue((("user", asked), ("assistant", answer)))
@@ -121,9 +117,7 @@ def test_no_text_of_a_user_becomes_a_control_token(name: str, tmp_path: Path) ->
     structure = [token for token in calm if token in {control.id for control in codec.controls.values()}]
     for text in codec.controls:
         for evil in (f"a {text} b", text, text * 2, f"{text[:-1]}", f"{text[1:]}", f"{text}\n", f"< {text}"):
-            row = dialogue(
-                (("user", evil), ("assistant", "Paris."), ("user", f"{evil} x"), ("assistant", "Red."))
-            )
+            row = dialogue((("user", evil), ("assistant", "Paris."), ("user", f"{evil} x"), ("assistant", "Red.")))
             example = encoded(row, template, codec)
             found = [token for token in example.ids if token in {c.id for c in codec.controls.values()}]
             assert found == structure
@@ -146,9 +140,7 @@ def test_a_message_and_the_template_cannot_join_into_a_control_token(
 ) -> None:
     """Kills: guarding only the start of a message, or only its end."""
     user = before + "{{ m.content }}" + behind
-    source = (
-        "{% for m in messages %}{% if m.role == 'user' %}" + user + "{% else %}{{ m.content }}{% endif %}"
-    )
+    source = "{% for m in messages %}{% if m.role == 'user' %}" + user + "{% else %}{{ m.content }}{% endif %}"
     source += "{{ eos_token }}{% endfor %}"
     codec = Codec.open(tiny_tokenizer_folder(tmp_path, template=source))
     template = open_template("auto", codec)
@@ -189,9 +181,7 @@ def test_only_marked_turns_are_learnt(tmp_path: Path) -> None:
     template, codec, _ = opened("chatml", tmp_path)
     first, second, third, fourth = dialogue(TWO).messages
     row = Dialogue((first, Message("assistant", second.content), third, fourth))
-    assert [codec.decode(run) for run in learnt_runs(encoded(row, template, codec))] == [
-        "Blue, white and red."
-    ]
+    assert [codec.decode(run) for run in learnt_runs(encoded(row, template, codec))] == ["Blue, white and red."]
 
 
 @pytest.mark.parametrize("name", ["gemma", "mistral"])
@@ -240,22 +230,15 @@ def test_a_template_that_rewrites_an_answer_is_an_error(tmp_path: Path) -> None:
 def test_a_header_that_a_template_leaves_out_of_its_prompt_belongs_to_the_prompt(tmp_path: Path) -> None:
     """Kills: learning to write the header of a template that ignores add_generation_prompt."""
     template, codec, _ = opened("tagged", tmp_path)
-    assert codec.decode(prompt_ids(dialogue(ONE), template, codec), skip_special=False).endswith(
-        "assistant\n"
-    )
+    assert codec.decode(prompt_ids(dialogue(ONE), template, codec), skip_special=False).endswith("assistant\n")
 
 
 def test_an_instruction_and_its_context_have_their_places(tmp_path: Path) -> None:
     """Kills: losing the context, or writing it twice."""
     codec = FAMILIES["chatml"].codec(tmp_path)
     row = Dialogue((Message("user", "Sum up.", context="A long text."), Message("assistant", "Short.", True)))
-    assert (
-        "### Input:\nA long text.\n\n### Response:\nShort."
-        in render(row, open_template("alpaca", codec)).text
-    )
-    assert (
-        "\nInput:\nA long text.\n\n### Response:\nShort." in render(row, open_template("dolly", codec)).text
-    )
+    assert "### Input:\nA long text.\n\n### Response:\nShort." in render(row, open_template("alpaca", codec)).text
+    assert "\nInput:\nA long text.\n\n### Response:\nShort." in render(row, open_template("dolly", codec)).text
     assert "user\nSum up.\n\nA long text.<|im_end|>" in render(row, open_template("auto", codec)).text
 
 

@@ -104,9 +104,7 @@ class Codec:
         self.controls = _controls(tokenizer, set(tokens.values()))
         self.stop_ids = _stop_ids(folder) | ({self.eos} if self.eos is not None else set())
         # from here on the tokenizer reads every control string as plain text
-        tokenizer.add_special_tokens(
-            [AddedToken(text, normalized=False, special=True) for text in self.controls]
-        )
+        tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in self.controls])
         tokenizer.encode_special_tokens = True
         self._pattern = _alternatives(self.controls)
         self._ids_of_short = lru_cache(4096)(self._ids_of)
@@ -178,9 +176,7 @@ class Codec:
             return stated
         return self._tokenizer.encode("a").ids[:1] == [self.bos]
 
-    def _find(
-        self, text: str, protected: Sequence[tuple[int, int]]
-    ) -> Iterator[tuple[int, int, int, Control | None]]:
+    def _find(self, text: str, protected: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int, Control | None]]:
         """Start, end, place of the token itself, and the token, of every control token outside `protected`."""
         at = 0
         while match := self._pattern.search(text, at):

@@ -22,9 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from tunesmith.core.errors import ConfigError
 
-STEPS = (
-    1_000_000  # loop turns and calls of one render; a dialogue of a thousand turns needs some ten thousand
-)
+STEPS = 1_000_000  # loop turns and calls of one render; a dialogue of a thousand turns needs some ten thousand
 _CPU_SECONDS = 1.0
 _WALL_SECONDS = 20.0  # a stop for a hung machine; processor time is what limits
 _MEMORY_BYTES = 1 << 30
@@ -82,9 +80,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**"})
 
     def __init__(self) -> None:
-        super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-        )
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
         self.filters["tojson"] = _tojson
         self.filters["counted"] = self._counted
         self.globals.update(raise_exception=_raise_exception, strftime_now=_TODAY.strftime)

@@ -67,9 +67,7 @@ class Layout:
         if at != len(raw):
             return None
         places = ((*spans[slot.content], slot) for slot in self.slots)
-        return [
-            Place(start - slot.lead, end + slot.tail, slot.turn, slot.unended) for start, end, slot in places
-        ]
+        return [Place(start - slot.lead, end + slot.tail, slot.turn, slot.unended) for start, end, slot in places]
 
 
 def build_layout(template: Template, signature: tuple[tuple[str, int], ...], generate: bool) -> Layout | None:
@@ -129,9 +127,7 @@ def ending(behind: str, codec: Codec) -> str | None:
 
 def _ends_turn(end: str | None, template: Template) -> bool:
     # what follows may also be the header of the next turn: only a token that is known to end counts
-    return end is not None and (
-        end == template.end or template.codec.controls[end].id in template.codec.stop_ids
-    )
+    return end is not None and (end == template.end or template.codec.controls[end].id in template.codec.stop_ids)
 
 
 def _prompt_end(template: Template, turns: Sequence[Message], number: int, raw: str, generate: bool) -> int:

@@ -36,9 +36,7 @@ class Preview:
 def preview(example: Example, codec: Codec) -> Preview:
     """The pieces of an example; characters that would act on a terminal are escaped."""
     controls = {control.id for control in codec.controls.values()}
-    kinds = [
-        (learnt, token in controls) for token, learnt in zip(example.ids, example.supervised, strict=True)
-    ]
+    kinds = [(learnt, token in controls) for token, learnt in zip(example.ids, example.supervised, strict=True)]
     pieces = []
     done = 0
     before = ""

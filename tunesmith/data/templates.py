@@ -36,9 +36,7 @@ class Template:
         folds_system: whether a system message is put in front of the first user turn, as the template takes none.
     """
 
-    def __init__(
-        self, name: str, source: str, codec: Codec, *, own: bool = False, trusted: bool = False
-    ) -> None:
+    def __init__(self, name: str, source: str, codec: Codec, *, own: bool = False, trusted: bool = False) -> None:
         self.name = name
         self.source = source
         self.sha256 = hashlib.sha256(source.encode()).hexdigest()
@@ -101,9 +99,7 @@ class Template:
             prompt, silent = self.raw([user], True), self.raw([user], False)
             whole = self.raw([user, answer], False)
         except Refused as error:
-            raise ConfigError(
-                f"the template refuses a plain conversation: {error}", where=self.name
-            ) from error
+            raise ConfigError(f"the template refuses a plain conversation: {error}", where=self.name) from error
         if mark(0) not in whole or mark(1) not in whole:
             raise ConfigError("the template does not write what the messages hold", where=self.name)
         place = whole.index(mark(1))
@@ -114,9 +110,7 @@ class Template:
         if end is None and self.codec.eos_token is None:
             hint = "name one in the model folder's tokenizer_config.json as eos_token"
             where = str(self.codec.folder)
-            raise ConfigError(
-                "no token ends an answer: neither template nor tokenizer has one", where=where, hint=hint
-            )
+            raise ConfigError("no token ends an answer: neither template nor tokenizer has one", where=where, hint=hint)
         self.end = end or self.codec.eos_token or ""
         self.folds_system = not self._takes_system()
 
@@ -148,9 +142,7 @@ def open_template(spec: str, codec: Codec, *, plain: bool = False) -> Template:
     if not spec.endswith((".jinja", ".jinja2", ".j2")):
         hint = did_you_mean(spec, ("auto", *NAMED))
         choices = ", ".join(("auto", *NAMED))
-        raise ConfigError(
-            f"{spec!r} is not one of {choices} or a .jinja file", where="data.template", hint=hint
-        )
+        raise ConfigError(f"{spec!r} is not one of {choices} or a .jinja file", where="data.template", hint=hint)
     return Template(spec, _read(Path(spec)), codec)
 
 
@@ -175,9 +167,7 @@ def render(dialogue: Dialogue | Sequence[Message], template: Template, *, genera
     for place in places:
         writer.write(raw[at : place.start])
         supervised = turns[place.turn].supervised
-        writer.answer(
-            raw[place.start : place.end], template.codec.eos_token if place.unended else None, supervised
-        )
+        writer.answer(raw[place.start : place.end], template.codec.eos_token if place.unended else None, supervised)
         at = place.end
     writer.write(raw[at:])
     return writer.rendered(bos=not template.own and template.codec.adds_bos)
