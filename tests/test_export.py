@@ -63,6 +63,16 @@ def test_a_head_that_is_no_longer_the_embedding_stays_apart(tmp_path):
     assert torch.equal(gguf.model.lm_head.weight, head)
 
 
+def test_adapters_that_are_attached_leave_no_trace(tmp_path):
+    """Kills: saving the state dict with the inserts in it."""
+    from tunesmith.adapt.lora import LoRA
+
+    loaded = load(tiny_folder(tmp_path / "base"))
+    LoRA(rank=2).attach(loaded)
+    assert fingerprint(save_merged(loaded, tmp_path / "merged")) == fingerprint(tmp_path / "base")
+    save_gguf(loaded, tmp_path / "model.gguf")
+
+
 def test_shards_are_written_when_asked_for(tmp_path):
     loaded = load(tiny_folder(tmp_path / "base"))
     folder = save_merged(loaded, tmp_path / "merged", shard_bytes=20_000)

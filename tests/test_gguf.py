@@ -114,7 +114,7 @@ def test_transformers_reads_what_we_write_with_close_logits(tmp_path, family, dt
 
 def test_the_tokenizer_and_its_chat_template_survive_gguf(tmp_path):
     """Kills: dropping merges, token types, special ids or the template."""
-    folder, file = written(tmp_path, "llama")
+    folder, file = written(tmp_path, "llama", tokenizer={"structural": ("<call>",)})
     was, now = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(convert_gguf(file))
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
     turns = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "yes"}]
@@ -123,6 +123,13 @@ def test_the_tokenizer_and_its_chat_template_survive_gguf(tmp_path):
         assert other.apply_chat_template(turns, tokenize=False) == was.apply_chat_template(turns, tokenize=False)
     assert now.decode(now(TEXT)["input_ids"]) == was.decode(was(TEXT)["input_ids"])
     assert (now.eos_token_id, now.all_special_tokens) == (was.eos_token_id, was.all_special_tokens)
+    assert tokens_added(convert_gguf(file)) == tokens_added(folder)
+
+
+def tokens_added(folder: Path) -> dict[str, bool]:
+    """The tokens outside the merges, and whether each is special."""
+    table = json.loads((folder / "tokenizer.json").read_text())
+    return {token["content"]: token["special"] for token in table["added_tokens"]}
 
 
 @pytest.mark.parametrize("name", list(SPLITS))
@@ -170,6 +177,10 @@ def sentencepiece_folder(path: Path, space: bool) -> Path:
     tokenizer.train_from_iterator([words] * 4, trainer)
     table = json.loads(tokenizer.to_str())
     table["added_tokens"] = table["added_tokens"][:3]
+    ids = table["model"]["vocab"]
+    turned = sorted((index for index in ids.values() if index >= 259), reverse=True)
+    order = dict(zip(reversed(turned), turned, strict=True))  # ids need not follow the order of merges
+    table["model"]["vocab"] = {token: order.get(index, index) for token, index in ids.items()}
     begin = {"SpecialToken": {"id": "<s>", "type_id": 0}}
     table["post_processor"] = {
         "type": "TemplateProcessing",

@@ -171,17 +171,20 @@ def _convert_by_transformers(path: Path, work: Path, architecture: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
+    from tunesmith.models.load import quiet
+
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True,
-            quantization_config=GgufConfig(dequantize=True),
-        )  # fmt: skip
+        with quiet(), progress_bar(f"converting {path.name}"):
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True,
+                quantization_config=GgufConfig(dequantize=True),
+            )  # fmt: skip
+            model.config.__dict__.pop("quantization_config", None)
+            model.save_pretrained(work)
     except (ValueError, NotImplementedError, KeyError, RuntimeError, ImportError) as error:
-        line = str(error).strip().splitlines()[0][:200]
+        line = " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelError(
             f"the GGUF architecture {architecture!r} cannot be read ({line})",
             where=str(path),
             hint=f"read directly are {' '.join(LAYOUTS)}; or use the model's Hugging Face folder",
         ) from error
-    model.config.__dict__.pop("quantization_config", None)
-    model.save_pretrained(work)
