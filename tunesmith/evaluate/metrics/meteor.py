@@ -18,6 +18,9 @@ from tunesmith.evaluate.metrics import ptb
 from tunesmith.evaluate.metrics.metric import Metric, References
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from tunesmith.evaluate.metrics.metric import Floats
 
 # the program's English parameters for ranking; weights of exact, stem, synonym and paraphrase matches
@@ -49,7 +52,9 @@ class Meteor(Metric):
         rows = [[float(count) for count in line.split()] for line in _run(lines)]
         if [len(row) for row in rows] != [_COUNTS] * len(lines):
             raise ResourceError(f"METEOR answered {len(rows)} of {len(lines)} rows", where=str(_jar()))
-        return np.asarray(rows, dtype=np.float64)
+        counts = np.asarray(rows, dtype=np.float64)
+        counts[_whole(counts), 20] = 0  # the program does not count the one chunk of a perfect row
+        return counts
 
     def value(self, sums: Floats) -> Floats:
         import numpy as np
@@ -65,9 +70,18 @@ class Meteor(Metric):
             precision, recall = np.moveaxis(weighted / length, -1, 0)
             mean = 1.0 / ((1 - _ALPHA) / precision + _ALPHA / recall)
             scatter = sums[..., 20] / (sums[..., 21:23].sum(-1) / 2)
-        whole = (sums[..., 20] == 1) & (matches.sum((-3, -2)) == sums[..., 0:2]).all(-1)
-        score = mean * (1 - _GAMMA * np.where(whole, 0.0, scatter) ** _BETA)
+        score = mean * (1 - _GAMMA * scatter**_BETA)
         return np.where(sums[..., 21] > 0, 100.0 * score, 0.0)
+
+
+def _matches(counts: Floats) -> Floats:
+    """[..., 4, 2, 2]: kind of match; content words, function words; of the completion, of the reference."""
+    return counts[..., 4:20].reshape(*counts.shape[:-1], 4, 2, 2)
+
+
+def _whole(counts: Floats) -> NDArray[np.bool_]:
+    """Rows [n] whose every word is matched, in one chunk."""
+    return (counts[:, 20] == 1) & (_matches(counts).sum((1, 2)) == counts[:, 0:2]).all(1)
 
 
 def _plain(text: str) -> str:
