@@ -17,6 +17,11 @@ IDS = torch.tensor([[3, 17, 5, 250, 90, 4]])
 CLASSES = {"bert": AutoModel, "t5": AutoModelForSeq2SeqLM}
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+
+
 def outputs(model, family):
     more = {"decoder_input_ids": IDS} if family == "t5" else {}
     with torch.no_grad():
@@ -51,6 +56,7 @@ def test_tokenizer_and_template_come_along(tmp_path):
     )
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_a_head_that_is_no_longer_the_embedding_stays_apart(tmp_path):
     """Kills: a config that still says tied, so that loading overwrites the trained head."""
     loaded = load(tiny_folder(tmp_path / "base", tie_word_embeddings=True))

@@ -196,6 +196,12 @@ def sentencepiece_folder(path: Path, space: bool) -> Path:
     return folder
 
 
+def products(folder: Path) -> list[str]:
+    """What merges make, in the order of the first merge that makes it."""
+    merges = json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]
+    return list(dict.fromkeys(left + right for left, right in merges))
+
+
 @pytest.mark.parametrize("space", [True, False])
 def test_a_sentencepiece_tokenizer_survives_gguf(tmp_path, space):
     """Kills: scores in another order than merges, losing byte tokens, the begin token or the leading space."""
@@ -203,6 +209,7 @@ def test_a_sentencepiece_tokenizer_survives_gguf(tmp_path, space):
     converted = convert_gguf(save_gguf(load(folder), tmp_path / "model.gguf"))
     was = Tokenizer.from_file(str(folder / "tokenizer.json"))
     now = Tokenizer.from_file(str(converted / "tokenizer.json"))
+    assert products(converted) == products(folder)
     for text in ("the quicker fox jumps", " again\nand then", "unknown \u4f60 signs", "dog</s>fox", ""):
         assert now.encode(text).ids == was.encode(text).ids
         assert now.encode(text).ids[0] == 1
