@@ -251,12 +251,13 @@ def test_an_encoder_published_with_heads_of_other_tasks_loads(tmp_path, kind):
 ])  # fmt: skip
 def test_a_config_that_transformers_cannot_read_is_one_line(folder, entries, words):
     """Kills: running code from the folder, or a traceback of transformers."""
-    (folder / "evil.py").write_text("import pathlib; pathlib.Path(__file__).with_name('ran').touch()\n")
+    witness = folder / "ran"  # named whole: such code is copied elsewhere before it runs
+    (folder / "evil.py").write_text(f"import pathlib; pathlib.Path({str(witness)!r}).touch()\n")
     change_json(folder / "config.json", **entries)
     with pytest.raises(ModelError, match=words) as caught:
         load(folder)
     assert "\n" not in caught.value.message
-    assert not (folder / "ran").exists()
+    assert not witness.exists()
 
 
 def test_the_fingerprint_tells_models_apart_and_nothing_else(folder, tmp_path):
