@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from tunesmith.core.errors import DataError, nearest
 from tunesmith.data import bundled
 from tunesmith.data.contents import complain, content_kind, open_regular
+from tunesmith.data.hub import hub_rows
 from tunesmith.data.lines import Chain, Lines, Progress, RawRow, Source, Subset
-from tunesmith.data.spool import arrow_rows, csv_rows, json_rows, object_rows, spool, text_rows
+from tunesmith.data.spool import arrow_rows, csv_rows, json_rows, spool, text_rows
 
 __all__ = ["RawRow", "Source", "Subset", "open_source"]
 
@@ -70,7 +69,7 @@ def _open(name: str, progress: Progress | None) -> Source:
             raise DataError("no file matches", where=name)
         return Chain(name, [open_file(path, progress) for path in paths])
     if _HUB_ID.fullmatch(name) and not name.lower().endswith((*_SUFFIXES, *_PACKED_SUFFIXES)):
-        return _open_hub(name)
+        return spool(hub_rows(name), name, numbered=True)
     raise _not_found(name)
 
 
@@ -123,23 +122,3 @@ def _not_found(name: str) -> DataError:
     close = nearest(str(path), beside) or nearest(name, [*bundled.BUNDLED, *bundled.names()])
     hint = f"did you mean {close}?" if close else f"bundled sets are {', '.join(bundled.BUNDLED)}"
     return DataError("not found", where=name, hint=hint)
-
-
-def _open_hub(name: str) -> Source:
-    repository, *chosen = name.split(":")
-    split = chosen[-1] if chosen else "train"
-    config = chosen[0] if len(chosen) == 2 else None
-    return spool(object_rows(_hub_rows(repository, config, split, name)), name, numbered=True)
-
-
-def _hub_rows(repository: str, config: str | None, split: str, name: str) -> Iterator[dict[str, Any]]:
-    hint = "there is no such file; hub ids need the network, so download it and name the file where there is none"
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError("hub ids need the package `datasets`", where=name, hint="pip install datasets") from error
-    try:
-        yield from datasets.load_dataset(repository, config, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"neither a file nor to be had from the hub: {reason}", where=name, hint=hint) from error

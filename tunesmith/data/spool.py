@@ -54,6 +54,7 @@ def json_rows(stream: IO[bytes], name: str) -> Iterator[Spooled]:
     window.expect("[")
     if window.peek() != "]":
         while True:
+            window.peek()
             line = window.line
             yield window.element().replace("\n", " ").encode("utf-8", "surrogatepass"), line
             if window.peek() != ",":
@@ -89,8 +90,7 @@ class _Window:
         self._advance(1)
 
     def element(self) -> str:
-        """The text of the next element."""
-        self.peek()
+        """The text of the element that begins here."""
         while True:
             try:
                 _, end = self.decoder.raw_decode(self.buffer, self.at)
@@ -143,7 +143,7 @@ def csv_rows(stream: IO[bytes], name: str) -> Iterator[Spooled]:
         line = reader.line_num + 1
         for cells in reader:
             if len(cells) == len(header):
-                yield _json_line(dict(zip(header, cells, strict=True))), line
+                yield json_line(dict(zip(header, cells, strict=True))), line
             elif cells:
                 yield DataError(f"{len(cells)} cells, but the first line names {len(header)}"), line
             line = reader.line_num + 1
@@ -175,7 +175,7 @@ def text_rows(stream: IO[bytes], name: str) -> Iterator[Spooled]:
         if not raw.strip():
             continue
         try:
-            yield _json_line({"text": raw.decode("utf-8").rstrip("\r\n")}), line
+            yield json_line({"text": raw.decode("utf-8").rstrip("\r\n")}), line
         except UnicodeDecodeError as error:
             yield DataError(f"not UTF-8 at byte {error.start + 1} of the line"), line
 
@@ -186,7 +186,7 @@ def arrow_rows(stream: IO[bytes], name: str) -> Iterator[Spooled]:
 
     try:
         for batch in _batches(stream):
-            yield from ((_json_line(row), 0) for row in batch.to_pylist())
+            yield from ((json_line(row), 0) for row in batch.to_pylist())
     except pyarrow.ArrowException as error:
         raise DataError(f"the file is damaged: {str(error).splitlines()[0]}", where=name) from error
 
@@ -206,12 +206,8 @@ def _batches(stream: IO[bytes]) -> Iterator[Any]:
         yield from pyarrow.ipc.open_stream(stream)
 
 
-def object_rows(rows: Iterable[dict[str, Any]]) -> Iterator[Spooled]:
-    """Rows that are objects already."""
-    return ((_json_line(row), 0) for row in rows)
-
-
-def _json_line(row: dict[str, Any]) -> Any:
+def json_line(row: dict[str, Any]) -> bytes | DataError:
+    """An object as one line of JSON, or why it cannot be one."""
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False, default=_plain).encode("utf-8", "surrogatepass")
     except ValueError:
