@@ -159,7 +159,7 @@ def _articles(files: list[Path], is_test: IsTest) -> Rows:
     for article in files[0].read_text("utf-8").split("\n"):
         piece = ""
         for sentence in re.split(r"(?<=[.!?])\s+", article.strip()):
-            if piece and len(piece) + len(sentence) > _PIECE_CHARACTERS:
+            if piece and len(piece) + 1 + len(sentence) > _PIECE_CHARACTERS:
                 yield _part(is_test(article)), {"text": piece}
                 piece = ""
             piece = f"{piece} {sentence}" if piece else sentence

@@ -205,7 +205,8 @@ def _most_like(data: dict[str, Any]) -> str | None:
         return 10 * sum(key in data for key in known.needs) + sum(key in data for key in known.may)
 
     best = max(FORMATS, key=likeness)
-    return best if likeness(best) >= 10 else None
+    judged = any(data.get(key) is not None for key in FORMATS[best].never)
+    return best if likeness(best) >= 10 and not judged else None
 
 
 def _lacks(data: dict[str, Any], name: str, missing: list[str], where: str) -> DataError:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, PlainSerializer
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
+from tunesmith.core.errors import did_you_mean
 from tunesmith.core.section import Section
+from tunesmith.data.formats import FORMATS
 
 
 class Part(Section):
@@ -22,7 +24,7 @@ class Part(Section):
     """
 
     path: str = Field(min_length=1)
-    weight: float = Field(1.0, gt=0, le=1000)
+    weight: float = Field(default=1.0, gt=0, le=1000)
 
 
 def _parts(value: Any) -> Any:
@@ -48,6 +50,14 @@ Parts = Annotated[
 """One path, a list of paths, or a list of `{path, weight}`."""
 
 
+def _format(name: str) -> str:
+    if name != "auto" and name not in FORMATS:
+        close = did_you_mean(name, FORMATS)
+        nearest = f" ({close})" if close else ""
+        raise ValueError(f"there is no such format{nearest}; formats are auto {' '.join(FORMATS)}")
+    return name
+
+
 class DataSection(Section):
     """What the model is fed.
 
@@ -63,8 +73,8 @@ class DataSection(Section):
 
     train: Parts = ()
     eval: Parts = ()
-    format: str = "auto"
+    format: Annotated[str, AfterValidator(_format)] = "auto"
     template: str = "auto"
-    max_length: int = Field(512, ge=2, le=10_000_000)
+    max_length: int = Field(default=512, ge=2, le=10_000_000)
     packing: bool = True
     skip_bad_rows: bool = False
