@@ -204,9 +204,10 @@ def test_progress_counts_rows_and_nothing_is_written_for_no_prompts():
     """Kills: progress in batches; a crash for an empty list."""
     seen: list[tuple[int, int]] = []
     loaded = tiny_loaded("llama")
-    generate(loaded, BASE, PROMPTS, max_new_tokens=2, stop_ids=set(), batch_size=3, progress=lambda *at: seen.append(at))
+    settings = {"max_new_tokens": 2, "stop_ids": set()}
+    generate(loaded, BASE, PROMPTS, batch_size=3, progress=lambda *at: seen.append(at), **settings)
     assert seen == [(3, 7), (6, 7), (7, 7)]
-    assert generate(loaded, BASE, [], max_new_tokens=2, stop_ids=set()) == []
+    assert generate(loaded, BASE, [], **settings) == []
 
 
 @pytest.mark.parametrize(

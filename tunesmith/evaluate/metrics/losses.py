@@ -1,6 +1,6 @@
 """Loss and perplexity, by token over all rows: never a mean of batch means, so batching cannot change them.
 
-Statistics come from the model (`tunesmith.evaluate.evaluate.evaluate_loss`), not from completions.
+Statistics come from the model (`tunesmith.evaluate.losses.row_losses`), not from completions.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from tunesmith.core.errors import DataError
 from tunesmith.evaluate.metrics.metric import Metric
 
 if TYPE_CHECKING:
@@ -24,9 +25,11 @@ class Loss(Metric):
         return "nats per supervised token|by:token"
 
     def from_losses(self, totals: Sequence[float], tokens: Sequence[int]) -> Floats:
-        """Float64 [rows, 2]: summed losses and supervised tokens of each row."""
+        """Float64 [rows, 2]: summed losses and supervised tokens of each row. Raises DataError for no token."""
         import numpy as np
 
+        if not sum(tokens):
+            raise DataError("no row has a supervised token to measure the loss of", hint="check data.eval")
         return np.stack([np.asarray(totals, np.float64), np.asarray(tokens, np.float64)], axis=1)
 
     def value(self, sums: Floats) -> Floats:
