@@ -350,6 +350,12 @@ def test_permuting_rows_permutes_the_source_and_changes_nothing_else(tmp_path: P
         assert [repr(row) for row in forward] == [repr(row) for row in backward[::-1]] == [repr(row) for row in rows]
 
 
+def test_a_number_is_not_cut_where_a_chunk_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kills: taking the first digits of a number for the whole of it."""
+    monkeypatch.setattr("tunesmith.data.spool._CHUNK_CHARACTERS", 3)
+    assert "a number (12345)" in failure(write(tmp_path / "a.json", "[12345, 6]")).message
+
+
 def test_no_temporary_file_is_left_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
