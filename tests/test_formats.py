@@ -251,8 +251,8 @@ def test_a_file_of_two_formats_is_refused_with_both_counts_and_first_lines(tmp_p
     with pytest.raises(DataError) as caught:
         format_of(source)
     assert caught.value.where == source.name
-    assert f"4000 rows are alpaca, the first {source.name}:1;" in caught.value.message
-    assert f"700 rows are messages, the first {source.name}:2501" in caught.value.message
+    assert f"alpaca 4000 (first {source.name}:1);" in caught.value.message
+    assert f"messages 700 (first {source.name}:2501)" in caught.value.message
     assert format_of(source, "alpaca") == "alpaca"
 
 

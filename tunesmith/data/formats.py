@@ -16,9 +16,9 @@ from typing import Any
 
 from tunesmith.core.errors import ConfigError, DataError, did_you_mean
 from tunesmith.data.conversations import conversation, messages
-from tunesmith.data.lines import RawRow, Source, describe
+from tunesmith.data.lines import SKIP_HINT, RawRow, Source, describe
 from tunesmith.data.rows import Dialogue, Labelled, Message, Row, Text
-from tunesmith.data.take import SKIP_HINT, text, texts
+from tunesmith.data.take import text, texts
 
 SAMPLED_ROWS = 2_000
 
@@ -151,7 +151,7 @@ def detect(rows: Iterable[RawRow]) -> str:
         first.setdefault(name, row)
     named = [name for name in counts if name]
     if len(named) > 1:
-        seen = "; ".join(f"{counts[name]} rows are {name}, the first {first[name].where}" for name in named)
+        seen = "; ".join(f"{name} {counts[name]} (first {first[name].where})" for name in named)
         hint = "split the file by format"
         raise DataError(f"rows of several formats: {seen}", where=_file(first[named[0]]), hint=hint)
     if named:

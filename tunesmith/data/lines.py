@@ -25,6 +25,7 @@ Progress = Callable[[int, int], None]  # (bytes read, bytes in all)
 BAD = b"!"  # begins a spooled line that holds what is wrong with a row in place of the row
 BLOCK_BYTES = 4 << 20
 DEPTH_LIMIT = 64
+SKIP_HINT = "mend the row, or set data.skip_bad_rows: true to leave such rows out and count them"
 _BOM = b"\xef\xbb\xbf"
 _KINDS = {list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number", dict: "an object"}
 
@@ -102,7 +103,7 @@ class Lines(Source):
         if len(raw) != end - start:
             raise DataError("the file became shorter while it was read", where=where)
         if self._spooled and raw.startswith(BAD):
-            raise DataError(raw[1:].decode().strip(), where=where)
+            raise DataError(raw[1:].decode().strip(), where=where, hint=SKIP_HINT)
         return RawRow(parse_row(raw, where), where)
 
     def where(self, index: int) -> str:
@@ -151,19 +152,24 @@ def parse_row(raw: bytes, where: str) -> dict[str, Any]:
     """One line as an object: strict JSON in UTF-8. Raises DataError saying what is wrong with it."""
     try:
         text = raw.decode("utf-8").strip()
+        value: Any = strict_loads(text)
     except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 at byte {error.start + 1} of the row", where=where) from error
-    try:
-        value = strict_loads(text)
+        raise DataError(f"not UTF-8 at byte {error.start + 1} of the row", where=where, hint=SKIP_HINT) from error
     except ValueError as error:
-        raise DataError(_complaint(text, error), where=where) from error
-    if not isinstance(value, dict):
-        raise DataError(f"a row is an object with keys, this is {describe(value)}", where=where)
-    if text.count("{") + text.count("[") > DEPTH_LIMIT and _depth(value) > DEPTH_LIMIT:
-        raise DataError(f"nested more than {DEPTH_LIMIT} deep", where=where)
-    if "\\ud" in text.lower() and re.search("[\ud800-\udfff]", repr_all(value)):
-        raise DataError("holds half of a surrogate pair (\\ud800 to \\udfff), which is no character", where=where)
+        raise DataError(_complaint(text, error), where=where, hint=SKIP_HINT) from error
+    if problem := _problem(value, text):
+        raise DataError(problem, where=where, hint=SKIP_HINT)
     return value
+
+
+def _problem(value: Any, text: str) -> str:
+    if not isinstance(value, dict):
+        return f"a row is an object with keys, this is {describe(value)}"
+    if text.count("{") + text.count("[") > DEPTH_LIMIT and _depth(value) > DEPTH_LIMIT:
+        return f"nested more than {DEPTH_LIMIT} deep"
+    if "\\ud" in text.lower() and re.search("[\ud800-\udfff]", _texts(value)):
+        return "holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+    return ""
 
 
 def describe(value: Any) -> str:
@@ -176,13 +182,12 @@ def describe(value: Any) -> str:
     return _KINDS.get(type(value), type(value).__name__)
 
 
-def repr_all(value: Any) -> str:
-    """Every text inside a value, one behind the other."""
+def _texts(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
-        return "".join(key + repr_all(inner) for key, inner in value.items())
-    return "".join(map(repr_all, value)) if isinstance(value, list) else ""
+        return "".join(key + _texts(inner) for key, inner in value.items())
+    return "".join(map(_texts, value)) if isinstance(value, list) else ""
 
 
 def _complaint(text: str, error: ValueError) -> str:
@@ -192,7 +197,7 @@ def _complaint(text: str, error: ValueError) -> str:
     if not isinstance(error, json.JSONDecodeError):
         return reason
     if error.pos >= len(text) or error.msg.startswith("Unterminated"):
-        return f"the JSON ends too early ({error.msg})"
+        return f"the JSON ends too early ({error.msg.removesuffix(' starting at').lower()})"
     return f"not JSON: {error.msg} at character {error.pos + 1}, near {text[error.pos : error.pos + 20]!r}"
 
 

@@ -10,8 +10,6 @@ from typing import Any
 from tunesmith.core.errors import DataError
 from tunesmith.data.lines import describe
 
-SKIP_HINT = "mend the row, or set data.skip_bad_rows: true to leave such rows out and count them"
-
 
 def text(data: dict[str, Any], key: str, *, optional: bool = False, filled: bool = False) -> str:
     """The text under a key.
