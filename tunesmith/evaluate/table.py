@@ -17,16 +17,16 @@ def metrics_table(answer: dict[str, Any]) -> RenderableType:
     models = answer["models"]
     names = list(dict.fromkeys(name for model in models for name in model["metrics"]))
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     best = {name: _best(name, [model["metrics"].get(name) for model in models]) for name in names}
     for model in models:
         cells = [_cell(model["metrics"].get(name), best[name]) for name in names]
         table.add_row(Text(model["name"]), *cells)
     rows = {score["n"] for model in models for score in model["metrics"].values()}
     signatures = {name: score["signature"] for model in models for name, score in model["metrics"].items()}
-    notes = [f"{' or '.join(map(str, sorted(rows)))} rows; in brackets 95 % bootstrap intervals"]
+    notes = [f"{' or '.join(map(str, sorted(rows)))} rows; behind each value its 95 % bootstrap interval"]
     notes += [f"{name}: {signature}" for name, signature in signatures.items()]
     return Group(table, Text("\n".join(notes), style="dim"))
 
@@ -45,6 +45,7 @@ def _cell(score: dict[str, Any] | None, best: float | None) -> Any:
 
     if score is None:
         return Text("-", style="dim")
-    digits = 3 if abs(score["value"]) < 10 else 1
+    # metrics on a scale of 100 need one digit, losses and the like need more
+    digits = 1 if max(abs(score[key]) for key in ("value", "low", "high")) >= 10 or score["value"] == 0 else 3
     value = Text(f"{score['value']:.{digits}f}", style="bold" if score["value"] == best else "")
-    return value.append(f" [{score['low']:.{digits}f}, {score['high']:.{digits}f}]", style="dim not bold")
+    return value.append(f" {score['low']:.{digits}f}..{score['high']:.{digits}f}", style="dim not bold")

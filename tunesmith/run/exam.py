@@ -83,7 +83,7 @@ class Exam:
 
     def row_losses(self, policy: Policy) -> tuple[list[float], list[int]]:
         """Summed negative log-likelihood and supervised tokens of each row that can be learnt from."""
-        from tunesmith.evaluate.evaluate import row_losses
+        from tunesmith.evaluate.losses import row_losses
 
         found = (self.dataset.example(*place) for place in list(self.dataset.places())[: self.limit])
         return row_losses(policy, [example for example in found if isinstance(example, Example)])
