@@ -20,9 +20,12 @@ def metrics_table(answer: dict[str, Any]) -> RenderableType:
     table.add_column("model", no_wrap=True)
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    best = {name: _best(name, [model["metrics"].get(name) for model in models]) for name in names}
+    columns = {name: [model["metrics"].get(name) for model in models] for name in names}
+    best = {name: _best(name, scores) for name, scores in columns.items()}
+    # metrics on a scale of 100 need one digit, losses and the like need more
+    digits = {name: 1 if max(one["high"] for one in scores if one) >= 10 else 3 for name, scores in columns.items()}
     for model in models:
-        cells = [_cell(model["metrics"].get(name), best[name]) for name in names]
+        cells = [_cell(model["metrics"].get(name), best[name], digits[name]) for name in names]
         table.add_row(Text(model["name"]), *cells)
     rows = {score["n"] for model in models for score in model["metrics"].values()}
     signatures = {name: score["signature"] for model in models for name, score in model["metrics"].items()}
@@ -40,12 +43,10 @@ def _best(name: str, scores: list[dict[str, Any] | None]) -> float | None:
     return max(values) if METRICS.load(name).higher_is_better else min(values)
 
 
-def _cell(score: dict[str, Any] | None, best: float | None) -> Any:
+def _cell(score: dict[str, Any] | None, best: float | None, digits: int) -> Any:
     from rich.text import Text
 
     if score is None:
         return Text("-", style="dim")
-    # metrics on a scale of 100 need one digit, losses and the like need more
-    digits = 1 if max(abs(score[key]) for key in ("value", "low", "high")) >= 10 or score["value"] == 0 else 3
     value = Text(f"{score['value']:.{digits}f}", style="bold" if score["value"] == best else "")
     return value.append(f" {score['low']:.{digits}f}..{score['high']:.{digits}f}", style="dim not bold")
