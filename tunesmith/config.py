@@ -136,12 +136,18 @@ def contradictions(config: Config, where: str) -> list[ConfigError]:
     def say(key: str, message: str, hint: str = "") -> None:
         found.append(ConfigError(message, where=f"{where}: {key}", hint=hint))
 
-    if config.evaluate.metrics and config.data.eval is None:
-        say("evaluate.metrics", "nothing to evaluate on: data.eval is not set", "set data.eval")
-    if config.evaluate.every and config.data.eval is None:
-        say("evaluate.every", "nothing to evaluate on: data.eval is not set", "set data.eval")
-    if config.train.stop is not None and not config.evaluate.every:
+    judged = config.evaluate
+    for key in ("metrics", "every", "shots", "rows"):
+        if getattr(judged, key) and not config.data.eval:
+            say(f"evaluate.{key}", "nothing to evaluate on: data.eval is not set", "set data.eval")
+    stop = config.train.stop
+    if stop is not None and not judged.every:
         say("train.stop", "needs evaluations during training", "set evaluate.every to a number of steps")
+    if stop is not None and stop.metric not in ("loss", *judged.metrics):
+        known = " ".join(dict.fromkeys(("loss", *judged.metrics)))
+        say("train.stop.metric", f"{stop.metric!r} is not measured; there are {known}", "add it to evaluate.metrics")
+    if config.precision.compute == "fp32" and not config.precision.master:
+        say("precision.master", "has no effect with compute: fp32, which needs no copies", "leave it out")
     return found
 
 
