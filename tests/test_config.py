@@ -96,7 +96,7 @@ def test_differences_name_key_paths_with_both_values() -> None:
 )
 def test_surprises_in_yaml_are_refused_with_their_line(text: str, told: str) -> None:
     """Kills: each guard of the YAML reader, one case a guard."""
-    with pytest.raises(ConfigError, match=".*") as caught:
+    with pytest.raises(ConfigError) as caught:
         read_yaml_text(text, "t")
     assert told in str(caught.value)
 

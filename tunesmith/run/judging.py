@@ -69,6 +69,8 @@ class Judge:
         def measure(step: int) -> dict[str, float]:
             totals, tokens = exam.row_losses(policy)
             found = {"loss": sum(totals) / max(1, sum(tokens))}
+            for metric in exam.measured:
+                found[metric.name] = float(metric.value(metric.from_losses(totals, tokens).sum(0)))
             if spoken:
                 answers = exam.write(loaded, policy.route, self.prepared.codec, title=f"step {step}:")
                 found |= {name: score["value"] for name, score in exam.score(answers).items()}
