@@ -291,6 +291,7 @@ def test_exact_match(text, refs, same):
 def test_token_f1_by_hand():
     """Kills: words counted once; articles kept; the mean over references."""
     assert score("f1", ["The cat, the cat!"], [["a cat"]]) == pytest.approx(100 * 2 / 3)
+    assert score("f1", ["red red blue"], [["red red"]]) == pytest.approx(100 * 4 / 5)
     assert score("f1", ["red blue"], [["green", "blue"]]) == pytest.approx(100 * 2 / 3)
     assert score("f1", ["", "the"], [[""], ["an"]]) == 100.0
 

@@ -47,9 +47,7 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-def interval(
-    metric: Metric, statistics: Floats, *, seed: int = 0, draws: int = DRAWS, level: float = 0.95
-) -> Interval:
+def interval(metric: Metric, statistics: Floats, *, seed: int = 0, draws: int = DRAWS, level: float = 0.95) -> Interval:
     """The metric of rows with statistics [rows, k] and its percentile interval. Raises DataError for no rows."""
     value = float(metric.value(_sum(statistics)))
     low, high = _ends(_resampled(metric, statistics, seed, draws), level)

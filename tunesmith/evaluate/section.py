@@ -39,7 +39,5 @@ def metric_names(names: tuple[str, ...]) -> tuple[str, ...]:
         if name not in METRICS.table:
             known = [*METRICS.names(), "e2e"]
             hint = did_you_mean(name, known)
-            raise ValueError(
-                f"{name!r} is no metric; there are {' '.join(known)}" + (f"; {hint}" if hint else "")
-            )
+            raise ValueError(f"{name!r} is no metric; there are {' '.join(known)}" + (f"; {hint}" if hint else ""))
     return tuple(dict.fromkeys(spelt))

@@ -67,9 +67,7 @@ class ChrF(Metric):
     def value(self, sums: Floats) -> Floats:
         import numpy as np
 
-        return np.apply_along_axis(
-            lambda row: self._library._compute_score_from_stats(list(row)).score, -1, sums
-        )
+        return np.apply_along_axis(lambda row: self._library._compute_score_from_stats(list(row)).score, -1, sums)
 
 
 def _count(library: Any, completions: Sequence[str], references: References) -> Floats:

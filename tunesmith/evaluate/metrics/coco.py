@@ -64,9 +64,7 @@ class Cider(RowMean):
         idf = {gram: math.log(len(theirs)) - math.log(rows) for gram, rows in frequency.items()}
         scorer = _TfIdf(idf, math.log(len(theirs)), self.orders)
         return [
-            self._row(
-                scorer.vectors(_grams(ptb.tokenize(text), self.orders)), [scorer.vectors(ref) for ref in refs]
-            )
+            self._row(scorer.vectors(_grams(ptb.tokenize(text), self.orders)), [scorer.vectors(ref) for ref in refs])
             for text, refs in zip(completions, theirs, strict=True)
         ]
 
@@ -102,8 +100,7 @@ class _Vectors:
     def similarity(self, ref: _Vectors, order: int) -> float:
         theirs = ref.parts[order]
         product = sum(
-            min(weight, theirs.get(gram, 0.0)) * theirs.get(gram, 0.0)
-            for gram, weight in self.parts[order].items()
+            min(weight, theirs.get(gram, 0.0)) * theirs.get(gram, 0.0) for gram, weight in self.parts[order].items()
         )
         scale = self.norms[order] * ref.norms[order]
         return product / scale if scale else product

@@ -24,8 +24,7 @@ class ExactMatch(RowMean):
 
     def rows(self, completions: Sequence[str], references: References) -> list[float]:
         return [
-            100.0 * any(same(text, ref) for ref in refs)
-            for text, refs in zip(completions, references, strict=True)
+            100.0 * any(same(text, ref) for ref in refs) for text, refs in zip(completions, references, strict=True)
         ]
 
 
@@ -40,8 +39,7 @@ class TokenF1(RowMean):
 
     def rows(self, completions: Sequence[str], references: References) -> list[float]:
         return [
-            100.0 * max(token_f1(text, ref) for ref in refs)
-            for text, refs in zip(completions, references, strict=True)
+            100.0 * max(token_f1(text, ref) for ref in refs) for text, refs in zip(completions, references, strict=True)
         ]
 
 

@@ -60,10 +60,7 @@ class Meteor(Metric):
         import numpy as np
 
         weights = np.asarray(_WEIGHTS)
-        # columns: length and function words of completion and reference, then content and function words matched
-        matches = sums[..., 4:20].reshape(
-            *sums.shape[:-1], 4, 2, 2
-        )  # kind, content | function, completion | reference
+        matches = _matches(sums)
         weighted = np.einsum("...kcs,k,c->...s", matches, weights, [_DELTA, 1 - _DELTA])
         length = _DELTA * (sums[..., 0:2] - sums[..., 2:4]) + (1 - _DELTA) * sums[..., 2:4]
         with np.errstate(divide="ignore", invalid="ignore"):

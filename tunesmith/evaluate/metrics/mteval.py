@@ -100,10 +100,7 @@ def tokenize(text: str) -> list[str]:
 
 
 def _grams(tokens: Sequence[str], orders: int) -> _Grams:
-    return [
-        Counter(zip(*(tokens[start:] for start in range(order)), strict=False))
-        for order in range(1, orders + 1)
-    ]
+    return [Counter(zip(*(tokens[start:] for start in range(order)), strict=False)) for order in range(1, orders + 1)]
 
 
 def _lengths(tokens: Sequence[str], orders: int) -> list[int]:

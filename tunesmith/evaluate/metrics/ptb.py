@@ -97,13 +97,7 @@ def _tokens(text: str) -> list[str]:
         piece = _next(text, place)
         place += len(piece)
         found += [sys.intern(part) for part in _parts(piece)]
-        if (
-            place == end
-            and piece.endswith(".")
-            and len(piece) > 1
-            and piece.strip(".")
-            and "." not in found[-1:]
-        ):
+        if place == end and piece.endswith(".") and len(piece) > 1 and piece.strip(".") and "." not in found[-1:]:
             found.append(".")  # the full stop of an abbreviation also ends the line
     return found
 
