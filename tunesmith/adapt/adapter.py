@@ -117,6 +117,6 @@ class Adapter:
 
     def save(self, folder: Path | str) -> Path:
         """Writes `adapter/` or `model/` within a run folder and answers which."""
-        from tunesmith.adapt.store import save
+        from tunesmith.adapt.store import save_run
 
-        return save(self, Path(folder))
+        return save_run(self, Path(folder))

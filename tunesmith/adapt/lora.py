@@ -66,34 +66,38 @@ class LoRA(Method):
 
         self._no_norms()
         targets = match(loaded.model, loaded.family, self.targets)
-        sizes = [self._sizes(loaded.model, target) for target in targets]
+        for target in targets:
+            self._sizes(loaded.model, target)
         adapter = Adapter(name, self, loaded)
-        for target, (inputs, outputs, embedding) in zip(targets, sizes, strict=True):
-            adapter.add(target, self.insert(loaded.model, target, inputs, outputs, embedding, seed))
+        for target in targets:
+            adapter.add(target, self.insert(loaded.model, target, seed))
         return adapter.close()
 
-    def insert(
-        self, model: nn.Module, target: Target, inputs: int, outputs: int, embedding: bool, seed: int = 0
-    ) -> Insert:
-        """Fresh factors: A [rank, inputs] uniform as for a linear map, B [outputs, rank] zero."""
+    def insert(self, model: nn.Module, target: Target, seed: int = 0) -> Insert:
+        """Fresh factors for a target: A [rank, inputs] uniform as for a linear map, B [outputs, rank] zero.
+
+        Raises:
+            ConfigError: the rank is larger than the map.
+        """
         import torch
         from torch import nn
 
         from tunesmith.core.rng import torch_generator
         from tunesmith.models.ports import Insert
 
+        inputs, outputs, embedding = self._sizes(model, target)
         device = next(model.get_submodule(target.path).parameters(recurse=False)).device
-        a, b = torch.zeros(self.rank, inputs, device="meta"), torch.zeros(outputs, self.rank, device="meta")
+        # drawn on the CPU from (seed, place) alone: the same on every device and after any other draw
+        place = torch.device("meta" if device.type == "meta" else "cpu")
+        a, b = torch.zeros(self.rank, inputs, device=place), torch.zeros(outputs, self.rank, device=place)
         if device.type != "meta":
-            # drawn on the CPU from (seed, place) alone: the same on every device and after any other draw
             draw = torch_generator(seed, "init", target.path, target.role)
-            a, b = torch.zeros(self.rank, inputs), torch.zeros(outputs, self.rank)
             if embedding:
                 b.normal_(generator=draw)
             else:
                 a.uniform_(-(inputs**-0.5), inputs**-0.5, generator=draw)
-            a, b = a.to(device), b.to(device)
-        return Insert(self, {"A": nn.Parameter(a), "B": nn.Parameter(b)}, target.rows, self.scale)
+        factors = {"A": nn.Parameter(a.to(device)), "B": nn.Parameter(b.to(device))}
+        return Insert(self, factors, target.rows, self.scale)
 
     def delta(self, insert: Insert, x: Tensor, y: Tensor) -> Tensor:
         """s B A x in the dtype of y: [..., outputs]. For an embedding, x holds ids."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from tunesmith.core.errors import AdapterError
@@ -25,10 +24,17 @@ PortKind = Literal["linear", "conv1d", "embedding"]
 
 
 class Acts(Protocol):
-    """What a port needs of a method."""
+    """What a port and merging need of a method."""
+
+    @property
+    def kind(self) -> str: ...
 
     def delta(self, insert: Insert, x: Tensor, y: Tensor) -> Tensor:
         """What the insert adds to the output features of its role; `x` is the input and `y` the output so far."""
+        ...
+
+    def weight(self, insert: Insert) -> Tensor | None:
+        """The same as a change of weights; None where it is none."""
         ...
 
 
@@ -213,8 +219,3 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     owner = model.get_submodule(parent) if parent else model
     module.training = owner.training
     owner._modules[leaf] = module
-
-
-def is_meta(module: nn.Module) -> bool:
-    """Whether a module's weights have shapes only."""
-    return any(parameter.device == torch.device("meta") for parameter in module.parameters(recurse=False))

@@ -6,7 +6,7 @@ that a backward pass sees what its forward saw. Ports (`ports.py`) and attention
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -78,11 +78,13 @@ class Attached:
     Attributes:
         names: in the order in which they were attached.
         merged: those whose deltas are in the weights now.
+        restore: puts the weights back that merging replaced.
     """
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.merged: tuple[str, ...] = ()
+        self.restore: Callable[[], None] | None = None
 
     def shares(self) -> tuple[Share, ...]:
         """The adapters that act in this forward pass, from the route.

@@ -157,6 +157,8 @@ def nothing(target: str, family: Family, where: str) -> ConfigError:
     roles = " ".join(family.roles) or "none: name modules"
     hint = _SYNONYMS.get(target.lower(), "")
     hint = f"did you mean {hint}?" if hint in family.roles else did_you_mean(target, family.roles)
+    if target in family.roles:
+        hint = "this variant of the family has no such map; leave it out"
     return ConfigError(f"{target!r} matches nothing in {family.name}; roles are {roles}", where=where, hint=hint)
 
 

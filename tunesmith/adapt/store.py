@@ -1,0 +1,162 @@
+"""Adapters on disk: adapter_config.json and adapter_model.safetensors, in PEFT's layout wherever peft has the method.
+
+The one idea: a file fits completely or is refused by name; nothing is skipped and nothing is initialised instead.
+What is particular to LoRA's names and patterns is `peft_lora.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from tunesmith.adapt import peft_lora
+from tunesmith.adapt.methods import METHODS
+from tunesmith.core.errors import AdapterError
+from tunesmith.core.files import atomic_folder, canonical_json, read_json
+from tunesmith.models.save import write_model
+
+if TYPE_CHECKING:
+    from tunesmith.adapt.adapter import Adapter
+    from tunesmith.adapt.method import Method
+    from tunesmith.models.load import Loaded
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+OWN = "TUNESMITH_"
+
+
+def save_run(adapter: Adapter, folder: Path) -> Path:
+    """Writes `folder/adapter`, or `folder/model` where most of the model itself has been trained."""
+    total = sum(parameter.numel() for parameter in adapter.loaded.model.parameters())
+    trained = sum(parameter.numel() for parameter in adapter.trained.values())
+    if 2 * trained <= total:
+        return save_adapter(adapter, folder / "adapter")
+    with atomic_folder(folder / "model") as work:
+        write_model(adapter.loaded, work)
+    return folder / "model"
+
+
+def save_adapter(adapter: Adapter, folder: Path | str) -> Path:
+    """Writes the two files of an adapter, tensors in float32; the folder appears whole or not at all.
+
+    Raises:
+        ResourceError: no room, or not writable.
+    """
+    folder = Path(folder)
+    settings: dict[str, Any] = {
+        "base_model_name_or_path": str(adapter.loaded.folder.absolute()),
+        "inference_mode": True,
+        "tunesmith_base": {"name": adapter.loaded.name, "fingerprint": adapter.loaded.fingerprint},
+        "tunesmith_method": adapter.method.model_dump(mode="json"),
+    }
+    if adapter.inserts():
+        more, tensors = peft_lora.written(adapter)
+        settings |= more
+    else:
+        settings["peft_type"] = OWN + adapter.method.kind.upper()
+        tensors = dict(adapter.trained)
+    ready = {name: tensors[name].detach().float().cpu().contiguous() for name in sorted(tensors)}
+    with atomic_folder(folder) as work:
+        (work / CONFIG).write_text(canonical_json(settings, indent=2) + "\n", "utf-8")
+        (work / TENSORS).write_bytes(save(ready, metadata={"format": "pt"}))
+    return folder
+
+
+def load_adapter(loaded: Loaded, folder: Path | str, name: str = "default") -> Adapter:
+    """Puts a saved adapter on a model: one of ours, or a LoRA that peft has written.
+
+    Args:
+        folder: where the two files are, or a run folder with `adapter/` in it.
+
+    Raises:
+        AdapterError: files are missing or damaged, tensors do not fit, it belongs to another base, or it uses
+            something that only peft has.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).exists() and (folder / "adapter" / CONFIG).exists():
+        folder = folder / "adapter"
+    settings = read_json(folder / CONFIG, AdapterError)
+    if not isinstance(settings, dict):
+        raise AdapterError("not a JSON object", where=str(folder / CONFIG))
+    _check_base(loaded, settings, folder)
+    tensors = _read_tensors(folder)
+    kind = settings.get("peft_type")
+    if kind == "LORA":
+        return peft_lora.read(loaded, settings, tensors, name, str(folder), _own_method(settings, folder))
+    method = _own_method(settings, folder)
+    if method is None or kind != OWN + method.kind.upper():
+        raise AdapterError(f"peft_type {kind!r} is not known here", where=str(folder / CONFIG), hint="LORA is")
+    adapter = method.attach(loaded, name)
+    try:
+        fits({path: tuple(value.shape) for path, value in adapter.trained.items()}, tensors, str(folder))
+    except AdapterError:
+        adapter.detach()
+        raise
+    with torch.no_grad():
+        for path, value in adapter.trained.items():
+            value.copy_(tensors[path])
+    return adapter
+
+
+def fits(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], where: str) -> None:
+    """Checks that tensors are exactly those wanted. Raises AdapterError listing the first five that are not."""
+    wrong = [f"missing {name}" for name in wanted if name not in found]
+    wrong += [f"unexpected {name}" for name in found if name not in wanted]
+    for name, shape in wanted.items():
+        if name in found and tuple(found[name].shape) != tuple(shape):
+            wrong.append(f"{name} is {list(found[name].shape)} instead of {list(shape)}")
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise AdapterError(
+            "the tensors do not fit the model: " + "; ".join(wrong[:5]) + more,
+            where=where,
+            hint="is it an adapter for this very model, and are both files from the same save?",
+        )
+
+
+def _own_method(settings: Mapping[str, Any], folder: Path) -> Method | None:
+    raw = settings.get("tunesmith_method")
+    if raw is None:
+        return None
+    try:
+        method: Method = METHODS.load(raw["kind"]).model_validate(raw)
+    except (ValueError, TypeError, KeyError) as error:
+        text = str(error).splitlines()[0]
+        raise AdapterError(f"tunesmith_method cannot be read: {text}", where=str(folder / CONFIG)) from error
+    return method
+
+
+def _check_base(loaded: Loaded, settings: Mapping[str, Any], folder: Path) -> None:
+    base = settings.get("tunesmith_base")
+    if not isinstance(base, dict):
+        return  # peft's own: shapes are all there is to check
+    wanted = base.get("fingerprint")
+    if wanted != loaded.fingerprint:
+        raise AdapterError(
+            f"it was trained on another base model ({base.get('name')}, fingerprint {str(wanted)[:12]}); this one is "
+            f"{loaded.name}, {loaded.fingerprint[:12]}",
+            where=str(folder),
+            hint=f"load {base.get('name')} below it",
+        )
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / TENSORS
+    if not path.is_file():
+        pickled = (folder / "adapter_model.bin").exists()
+        hint = "adapter_model.bin is a pickle and is never opened: save it again as safetensors" if pickled else ""
+        raise AdapterError("the file is missing", where=str(path), hint=hint)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"damaged: {error}", where=str(path)) from error
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise AdapterError(f"NaN or infinity in {', '.join(bad[:5])}", where=str(path))
+    return tensors
