@@ -7,10 +7,11 @@ import torch
 from tiny_models import DECODERS, tiny_loaded
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tunesmith.adapt.lora import LoRA
 from tunesmith.core.errors import ConfigError, DataError
 from tunesmith.models.families import family_of
 from tunesmith.models.generate import Completion, generate, stream
-from tunesmith.models.route import BASE
+from tunesmith.models.route import BASE, current_route
 from tunesmith.models.sampling import Chooser
 
 WINDOWED = ["mistral", "qwen2", "gemma2", "gemma3_text"]
@@ -233,3 +234,21 @@ def test_the_last_place_of_a_position_table_may_be_used():
     loaded = tiny_loaded("gpt2")
     found = generate(loaded, BASE, [[1] * 90], max_new_tokens=7, stop_ids=set())
     assert len(found[0].ids) == 7
+
+
+def test_an_adapter_acts_while_its_route_writes_and_the_route_is_not_left_behind():
+    """Kills: a route entered for the first token only, or still entered between the tokens of a stream."""
+    loaded = tiny_loaded("llama")
+    before = generate(loaded, BASE, PROMPTS, max_new_tokens=8, stop_ids=set())
+    adapter = LoRA(rank=2, targets=("q", "v")).attach(loaded, name="new", seed=0)
+    for parameter in adapter.parameters.values():
+        parameter.data = 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    with adapter.route.enter():
+        expected = [written_without_cache(loaded.model, prompt, set(), 8) for prompt in PROMPTS]
+    assert generate(loaded, adapter.route, PROMPTS, max_new_tokens=8, stop_ids=set()) == expected != before
+    assert generate(loaded, BASE, PROMPTS, max_new_tokens=8, stop_ids=set()) == before
+    for token, wanted in zip(
+        stream(loaded, adapter.route, PROMPTS[0], max_new_tokens=8, stop_ids=set()), expected[0].ids, strict=True
+    ):
+        assert token == wanted
+        assert current_route() is None
