@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
+from tunesmith.adapt.adapter import Adapter
 from tunesmith.core.types import Batch
-from tunesmith.models.families import Family, family_of
+from tunesmith.models.families import FAMILIES, Family, family_of
 
 torch.set_num_threads(1)
 
 VOCABULARY = 97
+IDS = torch.arange(3, 14)[None]
 _SHARED: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -105,7 +107,9 @@ def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.
                 parameter.data += 0.1 * torch.randn_like(parameter)
             else:
                 parameter.data = 0.15 * torch.randn_like(parameter)
-    return model.to(dtype).eval()
+    for parameter in model.parameters():  # not buffers: transformers keeps rotary frequencies in float32
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
 
 
 def tiny_loaded(family: str = "llama", folder: Path | str = ".", **changes: Any) -> TinyLoaded:
@@ -151,3 +155,24 @@ def bits(model: torch.nn.Module) -> dict[str, bytes]:
         else repr(tensor).encode()
         for name, tensor in base_state(model).items()
     }
+
+
+def roles_of(family: str) -> tuple[str, ...]:
+    """The roles of a tiny model that are maps; a plain t5 has no gate."""
+    return tuple(role for role in FAMILIES[family].roles if role != "norm" and (family, role) != ("t5", "gate"))
+
+
+def answers(loaded: TinyLoaded) -> torch.Tensor:
+    """What a model says of fixed tokens."""
+    more = {"decoder_input_ids": IDS} if loaded.family.kind == "seq2seq" else {}
+    with torch.no_grad():
+        output = loaded.model(input_ids=IDS, **more)
+    return output.logits if "logits" in output else output.last_hidden_state
+
+
+def disturb(adapter: Adapter, seed: int = 0, size: float = 0.1) -> None:
+    """Gives an adapter something to say."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter.parameters.values():
+            parameter.normal_(std=size, generator=draw)

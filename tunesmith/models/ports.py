@@ -129,6 +129,7 @@ class Port(nn.Module):
         if adapter not in self.inserts:
             self.inserts.put(adapter, Named())
         self.inserts[adapter].put(role, insert)  # type: ignore[operator]
+        self.inserts.train(self.training)  # new modules train by default: dropout would act in evaluation
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out]; for an embedding, ids [...] to [..., width]."""
