@@ -86,6 +86,13 @@ class Named(nn.ModuleDict):
         """Adds a module; `add_module` refuses names of attributes."""
         self._modules[name] = module
 
+    def train(self, mode: bool = True) -> Named:
+        """As in every module, also where one of the names is `training`."""
+        self.__dict__["training"] = mode
+        for module in self.children():
+            module.train(mode)
+        return self
+
     def drop(self, name: str) -> None:
         """Removes a module."""
         del self._modules[name]
