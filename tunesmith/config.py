@@ -53,6 +53,14 @@ class Config(Section):
 
 
 REGISTRIES = {"method": METHODS, "objective": OBJECTIVES}
+# pydantic's words that a user of YAML would not understand
+_EXPECTED = {
+    "bool_type": "should be true or false",
+    "string_type": "should be text; put it in quotes",
+    "model_type": "should be a section of keys",
+    "dict_type": "should be a section of keys",
+    "too_short": "needs at least {min_length} entries",
+}
 DEFAULTS: dict[str, Any] = {"method": "lora", "objective": "sft"}
 
 
@@ -153,7 +161,11 @@ def contradictions(config: Config, where: str) -> list[ConfigError]:
 
 def worded(error: ValidationError, section: type[BaseModel], where: str) -> list[ConfigError]:
     """pydantic's findings as one ConfigError each, naming the key path, the value and what was expected."""
-    return [_worded(detail, section, where) for detail in error.errors(include_url=False)]
+    details = error.errors(include_url=False)
+    # a list whose entries are wrong is called too short, too; the entries say it
+    inner = {detail["loc"][:-1] for detail in details}
+    told = [detail for detail in details if not (detail["type"] == "too_short" and detail["loc"] in inner)]
+    return [_worded(detail, section, where) for detail in told]
 
 
 def _worded(detail: Any, section: type[BaseModel], where: str) -> ConfigError:
@@ -166,11 +178,19 @@ def _worded(detail: Any, section: type[BaseModel], where: str) -> ConfigError:
         return ConfigError(f"unknown key {path[-1]!r}{known}", where=place, hint=did_you_mean(path[-1], keys))
     if detail["type"] == "missing":
         return ConfigError("this key is required", where=place)
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    message = message[:1].lower() + message[1:]
+    if detail["type"] == "value_error":
+        # our own words: they name the value themselves
+        return ConfigError(detail["msg"].removeprefix("Value error, "), where=place)
+    message = _EXPECTED.get(detail["type"], "")
+    message = message.format(**detail.get("ctx", {})) or detail["msg"].removeprefix("Input ")
     value = detail.get("input")
-    shown = "" if isinstance(value, dict | BaseModel) else f", got {value!r}"
-    return ConfigError(f"{message}{shown}", where=place)
+    shown = "" if isinstance(value, dict | BaseModel) else f", got {_short(value)}"
+    return ConfigError(f"{message[:1].lower()}{message[1:]}{shown}", where=place)
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 100 else f"{shown[:97]}..."
 
 
 def _keys_at(section: type[BaseModel], path: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.errors import ConfigError
+from tunesmith.core.errors import ConfigError, did_you_mean
 from tunesmith.core.files import os_error
 
 MAX_BYTES = 256_000
@@ -31,7 +31,9 @@ def read_yaml(path: Path | str) -> Any:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         raise ConfigError(
-            "no such file", where=str(path), hint="`tunesmith init` writes a starting configuration"
+            "no such file",
+            where=str(path),
+            hint=_similar(path) or "`tunesmith init` writes a starting configuration",
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError("not UTF-8 text; save it as UTF-8", where=str(path)) from error
@@ -40,6 +42,11 @@ def read_yaml(path: Path | str) -> Any:
     except OSError as error:
         raise os_error(path, error) from error
     return read_yaml_text(text, where=str(path))
+
+
+def _similar(path: Path) -> str:
+    folder = path.parent
+    return did_you_mean(path.name, [file.name for file in folder.glob("*.y*ml")]) if folder.is_dir() else ""
 
 
 def read_yaml_text(text: str, where: str) -> Any:
@@ -53,7 +60,7 @@ def read_yaml_text(text: str, where: str) -> Any:
         _refuse_surprises(reader, text, where)
         return reader.load(io.StringIO(text))
     except YAMLError as error:
-        raise ConfigError(_reason(error), where=f"{where}{_place(error)}") from error
+        raise ConfigError(_reason(error), where=f"{where}{_place(error, text)}") from error
     except ConfigError:
         raise
     except ValueError as error:
@@ -87,11 +94,21 @@ def _refuse_surprises(reader: Any, text: str, where: str) -> None:
             raise ConfigError("nested too deeply", where=place)
 
 
-def _place(error: Any) -> str:
+def _place(error: Any, text: str) -> str:
+    position = getattr(error, "position", None)
+    if isinstance(position, int):  # a character that may not be there at all
+        return f":{text.count(chr(10), 0, position) + 1}:{position - text.rfind(chr(10), 0, position)}"
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     return f":{mark.line + 1}:{mark.column + 1}" if mark else ""
 
 
 def _reason(error: Any) -> str:
-    problem = getattr(error, "problem", None) or str(error)
-    return " ".join(str(problem).split("\n")[0].split())
+    problem = str(getattr(error, "problem", None) or error)
+    context, mark = getattr(error, "context", None) or "", getattr(error, "context_mark", None)
+    if "'\\t'" in problem:
+        return "a tab; YAML is indented with spaces"
+    if "another document" in problem:
+        return "a second document begins here; a configuration is one, without `---` inside"
+    if "end of stream" in problem and context and mark:
+        return f"the file ends {context}, which begins in line {mark.line + 1}"
+    return " ".join(problem.split("\n")[0].split())

@@ -53,8 +53,8 @@ Parts = Annotated[
 def _format(name: str) -> str:
     if name != "auto" and name not in FORMATS:
         close = did_you_mean(name, FORMATS)
-        nearest = f" ({close})" if close else ""
-        raise ValueError(f"there is no such format{nearest}; formats are auto {' '.join(FORMATS)}")
+        nearest = f"; {close}" if close else ""
+        raise ValueError(f"{name!r} is no format; there are auto {' '.join(FORMATS)}{nearest}")
     return name
 
 

@@ -13,7 +13,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.errors import ConfigError, DataError, did_you_mean
+from tunesmith.core.errors import ConfigError, DataError, ModelError, did_you_mean
 from tunesmith.core.files import os_error
 from tunesmith.data.codec import Codec, Rendered
 from tunesmith.data.jinja import Program, Refused
@@ -128,12 +128,12 @@ def open_template(spec: str, codec: Codec, *, plain: bool = False) -> Template:
     """The template that `data.template` asks for.
 
     `auto` is the model's own; where it has none, chatml if the tokenizer has its tokens, else alpaca. Rows that
-    are bare prompt and completion (`plain`) are joined as they are. Raises ConfigError.
+    are bare prompt and completion (`plain`) are joined as they are. Raises ConfigError, ModelError for the model's own.
     """
     if spec == "auto" and plain:
         return Template("plain", _built_in("plain"), codec, trusted=True)
     if spec == "auto" and codec.chat_template is not None:
-        return Template("of the model", codec.chat_template, codec, own=True)
+        return _own(codec.chat_template, codec)
     if spec == "auto":
         name = "chatml" if all(codec.token_id(token) is not None for token in _CHATML_TOKENS) else "alpaca"
         return Template(f"{name} (the model has none)", _built_in(name), codec, trusted=True)
@@ -144,6 +144,16 @@ def open_template(spec: str, codec: Codec, *, plain: bool = False) -> Template:
         choices = ", ".join(("auto", *NAMED))
         raise ConfigError(f"{spec!r} is not one of {choices} or a .jinja file", where="data.template", hint=hint)
     return Template(spec, _read(Path(spec)), codec)
+
+
+def _own(source: str, codec: Codec) -> Template:
+    try:
+        return Template("of the model", source, codec, own=True)
+    except ConfigError as error:
+        hint = f"name another with data.template (or --template): {', '.join(NAMED)}, or a .jinja file"
+        raise ModelError(
+            f"its chat template cannot be used: {error.message}", where=str(codec.folder), hint=hint
+        ) from error
 
 
 def render(dialogue: Dialogue | Sequence[Message], template: Template, *, generate: bool = False) -> Rendered:

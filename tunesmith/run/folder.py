@@ -102,7 +102,9 @@ def locked(folder: RunFolder) -> Iterator[None]:
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise os_error(folder.path, error) from error
+        problem = os_error(folder.path, error)
+        hint = problem.hint or "choose another out:"
+        raise ResourceError(problem.message, where=problem.where, hint=hint) from error
     with FolderLock(folder.path):
         yield
 

@@ -17,9 +17,11 @@ from tunesmith.run.exam import Exam, Scores, choose_shots, constant_answers, sam
 if TYPE_CHECKING:
     from tunesmith.data.codec import Codec
     from tunesmith.data.dataset import Dataset
+    from tunesmith.data.rows import Dialogue
     from tunesmith.models.load import Loaded
     from tunesmith.models.policy import Policy
     from tunesmith.models.route import Route
+    from tunesmith.run.opening import Seen
     from tunesmith.run.prepare import Prepared
 
 CONSTANT, COPY = "constant answer", "copy of the prompt"
@@ -150,31 +152,22 @@ def judge_models(sources: list[str], question: Question, out: str | None = None)
 
     Raises: ConfigError, DataError, ModelError.
     """
-    from tunesmith.models.source import resolve
-    from tunesmith.run.opening import find, open_model
+    from tunesmith.run.folder import check_writable
+    from tunesmith.run.opening import look, open_model
 
     try:
         metrics = metric_names(question.metrics)
     except ValueError as error:
         raise ConfigError(str(error), where="--metrics") from error
-    for source in sources:
-        resolve(find(source).model)  # a wrong name is told before any model is loaded
+    if out is not None:
+        check_writable(Path(out))
+    seen = [look(source, template=question.template) for source in sources]
+    exams = [_exam(question, one, metrics) for one in seen]  # what is wrong is told before any model is loaded
     models: list[dict[str, Any]] = []
     columns: dict[str, list[str]] = {}
     exam: Exam | None = None
-    for source in sources:
-        opened = open_model(source, template=question.template, precision=question.precision)
-        template = find(source).template if question.template == "auto" else question.template
-        exam = Exam(
-            question.dataset(question.data, opened.codec, template or "auto"),
-            metrics,
-            question.max_new_tokens,
-            question.rows,
-        )
-        shots = []
-        if question.shots:
-            solved = question.dataset(question.shots_from or question.data, opened.codec, template or "auto")
-            shots = choose_shots(solved, question.shots, exam.dialogues)
+    for source, one, (exam, shots) in zip(sources, seen, exams, strict=True):
+        opened = open_model(one, precision=question.precision)
         scores, answers = exam.sit(opened.loaded, opened.route, opened.codec, shots, title=f"{source}:")
         name = f"{source}, {question.shots} shots" if shots else source
         models.append({"name": name, "metrics": scores})
@@ -189,3 +182,13 @@ def judge_models(sources: list[str], question: Question, out: str | None = None)
         write_atomic(folder / "eval.json", canonical_json({"models": models}, indent=1) + "\n")
         write_atomic(folder / "samples.jsonl", "".join(samples(exam, columns)))
     return {"models": models}
+
+
+def _exam(question: Question, seen: Seen, metrics: tuple[str, ...]) -> tuple[Exam, list[Dialogue]]:
+    """The exam and the solved examples as one model reads them."""
+    rows = question.dataset(question.data, seen.codec, seen.chosen)
+    exam = Exam(rows, metrics, question.max_new_tokens, question.rows)
+    if not question.shots:
+        return exam, []
+    solved = question.dataset(question.shots_from or question.data, seen.codec, seen.chosen)
+    return exam, choose_shots(solved, question.shots, exam.dialogues)

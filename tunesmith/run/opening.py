@@ -39,6 +39,24 @@ class Named:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What is known of a model before its weights are loaded.
+
+    Attributes:
+        named: what the name stands for.
+        folder: of the base model.
+        codec: its tokenizer.
+        template: how conversations are written for it; `chosen` is its name, or `auto`.
+    """
+
+    named: Named
+    folder: Path
+    codec: Codec
+    template: Template
+    chosen: str
+
+
+@dataclass(frozen=True)
 class Opened:
     """A model that can write.
 
@@ -67,7 +85,7 @@ def find(source: str) -> Named:
         if (folder / "model" / "config.json").exists():
             return Named(source, str(folder / "model"), template=template)
         if (folder / "adapter" / "adapter_config.json").exists():
-            return Named(source, str(config["model"]), folder / "adapter", template)
+            return Named(source, _base(folder / "adapter") or str(config["model"]), folder / "adapter", template)
         raise ModelError(
             "this run has no result yet", where=source, hint="finish it with `tunesmith tune ... --resume`"
         )
@@ -80,32 +98,51 @@ def find(source: str) -> Named:
     return Named(source, source)
 
 
-def open_model(source: str, *, template: str = "auto", precision: str = "auto", plain: bool = False) -> Opened:
-    """Loads what `source` stands for.
+def _base(adapter: Path) -> str:
+    """The base model's folder as the adapter remembers it (the run may be used from elsewhere); empty when gone."""
+    base = str(read_json(adapter / "adapter_config.json", ModelError).get("base_model_name_or_path") or "")
+    return base if base and Path(base).is_dir() else ""
+
+
+def look(source: str, *, template: str = "auto", plain: bool = False) -> Seen:
+    """Everything about `source` that needs no weights, and no torch, so that mistakes are told at once.
 
     Args:
         template: `auto` takes the run's own, then the model's.
-        precision: fp32, bf16 or auto.
         plain: the rows are bare prompts, so that `auto` means no template.
 
-    Raises: ModelError, AdapterError, ConfigError.
+    Raises: ModelError, ConfigError.
     """
-    from tunesmith.models.load import load
-    from tunesmith.models.route import BASE
+    from tunesmith.models.folder import validate_folder
     from tunesmith.models.source import resolve
-    from tunesmith.train.precision import resolve as resolve_precision
-    from tunesmith.train.section import PrecisionSection
 
     named = find(source)
     folder = resolve(named.model)
+    validate_folder(folder)
     codec = Codec.open(folder)
     chosen = template if template != "auto" else named.template or "auto"
-    opened = open_template(chosen, codec, plain=plain)
+    return Seen(named, folder, codec, open_template(chosen, codec, plain=plain), chosen)
+
+
+def open_model(source: str | Seen, *, template: str = "auto", precision: str = "auto", plain: bool = False) -> Opened:
+    """Loads what `source` stands for; the other arguments are those of `look`.
+
+    Args:
+        precision: fp32, bf16 or auto.
+
+    Raises: ModelError, AdapterError, ConfigError.
+    """
+    seen = look(source, template=template, plain=plain) if isinstance(source, str) else source
+    from tunesmith.models.load import load
+    from tunesmith.models.route import BASE
+    from tunesmith.train.precision import resolve as resolve_precision
+    from tunesmith.train.section import PrecisionSection
+
     compute = resolve_precision(PrecisionSection.model_validate({"compute": precision}))
-    loaded = load(str(folder), dtype=compute)
+    loaded = load(str(seen.folder), dtype=compute)
     route = BASE
-    if named.adapter is not None:
+    if seen.named.adapter is not None:
         from tunesmith.adapt.store import load_adapter
 
-        route = load_adapter(loaded, named.adapter).route
-    return Opened(source, loaded, route, codec, opened)
+        route = load_adapter(loaded, seen.named.adapter).route
+    return Opened(seen.named.name, loaded, route, seen.codec, seen.template)

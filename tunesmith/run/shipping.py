@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tunesmith.core.errors import ConfigError
 from tunesmith.core.files import atomic_folder
-from tunesmith.run.opening import find, open_model
+from tunesmith.run.opening import look, open_model
 
 
 def ship(source: str, to: str, target: str) -> Path:
@@ -21,10 +21,11 @@ def ship(source: str, to: str, target: str) -> Path:
     refuse_existing(path)
     if to == "peft":
         return _adapter(source, path)
+    seen = look(source)
     from tunesmith.adapt.merge import merge
 
     # fp32, so that the delta is added before anything is rounded
-    opened = open_model(source, precision="fp32")
+    opened = open_model(seen, precision="fp32")
     if opened.route.adapters:
         merge(opened.loaded, opened.route.adapters)
     if to == "merged":
@@ -37,7 +38,7 @@ def ship(source: str, to: str, target: str) -> Path:
 
 
 def _adapter(source: str, path: Path) -> Path:
-    adapter = find(source).adapter
+    adapter = look(source).named.adapter
     if adapter is None:
         raise ConfigError("there is no adapter here: the whole model was trained", where=source, hint="use --to merged")
     with atomic_folder(path) as work:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 from tunesmith.core.progress import progress_bar
 from tunesmith.data.encode import prompt_ids
 from tunesmith.data.rows import Dialogue, Message
 from tunesmith.run.exam import common_prefix
-from tunesmith.run.opening import Opened, open_model
+from tunesmith.run.opening import Opened, look, open_model
 
 
 class Speaker:
@@ -21,9 +22,14 @@ class Speaker:
     """
 
     def __init__(self, source: str, *, template: str = "auto", precision: str = "auto") -> None:
-        self.opened: Opened = open_model(source, template=template, precision=precision)
-        self.template, self.codec = self.opened.template, self.opened.codec
+        self.seen, self.precision = look(source, template=template), precision
+        self.template, self.codec = self.seen.template, self.seen.codec
         self.stops = set(self.template.stop_ids)
+
+    @cached_property
+    def opened(self) -> Opened:
+        """The model itself, loaded when something is to be written first."""
+        return open_model(self.seen, precision=self.precision)
 
     def dialogue(self, prompt: str, system: str | None = None) -> Dialogue:
         """A question as a dialogue without an answer."""
@@ -41,14 +47,15 @@ class Speaker:
         self, dialogues: list[Dialogue], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
     ) -> list[dict[str, Any]]:
         """[{prompt, completion, tokens}], in the order of the questions."""
-        from tunesmith.models.generate import generate
-
         prompts = [prompt_ids(dialogue, self.template, self.codec) for dialogue in dialogues]
         shared = common_prefix(prompts)
+        from tunesmith.models.generate import generate
+
+        opened = self.opened
         with progress_bar("writing", len(prompts), bytes_=False) as report:
             found = generate(
-                self.opened.loaded,
-                self.opened.route,
+                opened.loaded,
+                opened.route,
                 [prompt[len(shared) :] for prompt in prompts],
                 max_new_tokens=max_new_tokens,
                 stop_ids=self.stops,

@@ -13,6 +13,7 @@ from tunesmith.core.section import Section
 
 TOKENS_PER_STEP, MICRO_BATCH_TOKENS = 4096, 2048
 MICRO_BATCH_ROWS = 4
+SIZES = ("tokens_per_step", "micro_batch_tokens", "rows_per_step", "micro_batch_rows")
 
 
 class StopSection(Section):
@@ -78,7 +79,8 @@ class TrainSection(Section):
         """Fills in the sizes of the one family that is used; tokens where neither is."""
         if not isinstance(values, dict):
             return values
-        given = {name: value for name, value in values.items() if value is not None}
+        # None is "not given" where it may be; elsewhere it is told off below, not replaced by the default
+        given = {name: value for name, value in values.items() if value is not None or name not in SIZES}
         rows = "rows_per_step" in given
         if rows:
             default, micro, whole = MICRO_BATCH_ROWS, "micro_batch_rows", given["rows_per_step"]

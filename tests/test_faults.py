@@ -1,0 +1,65 @@
+"""Whatever is wrong, the program says so: the right exit code, one line that names the place and the mend, no trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fault_cases import CASES, alpaca, config
+from tiny_folders import tiny_folder
+
+HERE = Path(__file__).parent
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {
+        **os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "TUNESMITH_CACHE": str(folder),
+        "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "80",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which nothing is wrong."""
+    folder = tmp_path_factory.mktemp("good")
+    tiny_folder(folder / "model")
+    (folder / "train.jsonl").write_text("\n".join(alpaca(24)) + "\n")
+    (folder / "eval.jsonl").write_text("\n".join(alpaca(4, 100)) + "\n")
+    (folder / "c.yaml").write_text(config())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def answers(good: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What the program says to every case, all run by one process."""
+    place = tmp_path_factory.mktemp("cases")
+    for number, case in enumerate(CASES.values()):
+        case.make(Path(shutil.copytree(good, place / str(number))))
+    done = subprocess.run(
+        [sys.executable, str(HERE / "fault_cases.py"), str(place)],
+        env=environment(place / "cache"), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return {answer.pop("name"): answer for answer in found}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_wrong_input_is_named_with_its_place_and_its_mend(answers: dict[str, dict[str, Any]], name: str) -> None:
+    """Kills: a check that is left out, moved behind the import of torch, or answers with another exit code."""
+    case, answer = CASES[name], answers[name]
+    told = answer["err"]
+    assert answer["code"] == case.code, told
+    assert [line.startswith("error: ") for line in told.splitlines()].count(True) == 1
+    for word in case.words:
+        assert word in told, told
+    assert "Traceback" not in told
+    assert "bug in tunesmith" not in told
+    assert answer["left"] == []
+    assert answer["heavy"] == []
