@@ -1,4 +1,4 @@
-"""Writes DialogSum rows ({"dialogue", "summary"}) as conversations: python scripts/dialogsum.py IN.jsonl OUT.jsonl [FIRST:LAST]"""
+"""Writes DialogSum rows as conversations: python scripts/dialogsum.py IN.jsonl OUT.jsonl [FIRST:LAST]"""
 
 import json
 import sys
