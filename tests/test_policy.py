@@ -38,7 +38,7 @@ def own_loss(loaded: object, batch: object) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", [*DECODERS, *UNKNOWN])
 def test_the_loss_is_that_of_transformers(family: str) -> None:
-    """Kills: logits at the target's own place; softcap or logit scale forgotten; documents that see each other."""
+    """Kills: logits at the target's own place; softcap, logit scale or sliding window forgotten, or one too wide."""
     loaded, reference = tiny_loaded(family), tiny_loaded(family)
     with torch.no_grad():
         ours, theirs = Policy(loaded).token_losses(BATCH), own_loss(reference, BATCH)
@@ -66,7 +66,7 @@ def test_the_loss_is_that_of_double_precision_arithmetic(family: str) -> None:
 
 @pytest.mark.parametrize("family", [*DECODERS, *ENCODERS])
 def test_packed_documents_are_separate_documents(family: str) -> None:
-    """Kills: attention over the whole row; positions that run on; a sliding window that is ignored."""
+    """Kills: attention over the whole row; positions that run on."""
     policy = Policy(tiny_loaded(family))
     with torch.no_grad():
         together = policy.hidden(BATCH)
