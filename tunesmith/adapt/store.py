@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from tunesmith.adapt import peft_lora
+from tunesmith.adapt.lora import LoRA
 from tunesmith.adapt.methods import METHODS
 from tunesmith.core.errors import AdapterError
 from tunesmith.core.files import atomic_folder, canonical_json, read_json
@@ -55,12 +56,12 @@ def save_adapter(adapter: Adapter, folder: Path | str) -> Path:
         "tunesmith_base": {"name": adapter.loaded.name, "fingerprint": adapter.loaded.fingerprint},
         "tunesmith_method": adapter.method.model_dump(mode="json"),
     }
-    if adapter.inserts():
+    if isinstance(adapter.method, LoRA):
         more, tensors = peft_lora.written(adapter)
         settings |= more
     else:
         settings["peft_type"] = OWN + adapter.method.kind.upper()
-        tensors = dict(adapter.trained)
+        tensors = dict(adapter.parameters)
     ready = {name: tensors[name].detach().float().cpu().contiguous() for name in sorted(tensors)}
     with atomic_folder(folder) as work:
         (work / CONFIG).write_text(canonical_json(settings, indent=2) + "\n", "utf-8")
@@ -93,13 +94,14 @@ def load_adapter(loaded: Loaded, folder: Path | str, name: str = "default") -> A
     if method is None or kind != OWN + method.kind.upper():
         raise AdapterError(f"peft_type {kind!r} is not known here", where=str(folder / CONFIG), hint="LORA is")
     adapter = method.attach(loaded, name)
+    wanted = adapter.parameters
     try:
-        fits({path: tuple(value.shape) for path, value in adapter.trained.items()}, tensors, str(folder))
+        fits({path: tuple(value.shape) for path, value in wanted.items()}, tensors, str(folder))
     except AdapterError:
         adapter.detach()
         raise
     with torch.no_grad():
-        for path, value in adapter.trained.items():
+        for path, value in wanted.items():
             value.copy_(tensors[path])
     return adapter
 
