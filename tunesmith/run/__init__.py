@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from contextlib import ExitStack, closing
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +43,11 @@ def run(config: Config, *, resume: bool = False) -> Path:
     for line in prepared.lines():
         say(line)
     with locked(folder):
+        check_state(folder, config, resume)  # again: another process may have been here since
         _check_data(folder, prepared)
-        if not folder.exists:
-            folder.write_config(config)
-        _carry_out(prepared, folder, resume)
+        with _withdrawn_on_error(folder, config):
+            ready = _make_ready(prepared, folder)
+        _carry_out(ready, folder, resume)
     return folder.path
 
 
@@ -64,13 +66,36 @@ def _check_data(folder: RunFolder, prepared: Prepared) -> None:
                 where=f"{folder.path}: data.{part}",
                 hint="put the old file back, or begin a new run with another out:",
             )
-    folder.record(status="running", versions=versions(), machine=machine(), data=now)
 
 
-def _carry_out(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
-    from tunesmith.evaluate.report import write_report
+@contextmanager
+def _withdrawn_on_error(folder: RunFolder, config: Config) -> Iterator[None]:
+    """Begins a run that is not there yet; a mistake found while it is made ready leaves none, so that it can be mended.
+
+    The configuration is written first: from then on a process that dies can be resumed.
+    """
+    is_new = not folder.exists
+    if is_new:
+        folder.write_config(config)
+    try:
+        yield
+    except Exception:
+        if is_new:
+            folder.withdraw()
+        raise
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A run of which nothing is missing any more."""
+
+    prepared: Prepared
+    loaded: Loaded
+    judge: Judge
+
+
+def _make_ready(prepared: Prepared, folder: RunFolder) -> _Ready:
     from tunesmith.models.load import load
-    from tunesmith.models.policy import Policy
     from tunesmith.plan.show import show_plan
     from tunesmith.run.judging import Judge
     from tunesmith.run.planning import plan_run
@@ -85,8 +110,19 @@ def _carry_out(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
     write_atomic(folder.path / "plan.json", canonical_json(plan.as_dict(), indent=1) + "\n")
     _print(show_plan(plan.as_dict()))
     loaded = load(str(prepared.folder), dtype=compute)
-    folder.record(precision=compute, seed=config.train.seed, model=_model_facts(loaded, config.model))
-    judge = Judge(prepared, folder.path)
+    folder.record(
+        status="running", versions=versions(), machine=machine(), data=prepared.data_facts(),
+        precision=compute, seed=config.train.seed, model=_model_facts(loaded, config.model),
+    )  # fmt: skip
+    return _Ready(prepared, loaded, Judge(prepared, folder.path))
+
+
+def _carry_out(ready: _Ready, folder: RunFolder, resume: bool) -> None:
+    from tunesmith.evaluate.report import write_report
+    from tunesmith.models.policy import Policy
+
+    prepared, loaded, judge = ready.prepared, ready.loaded, ready.judge
+    config = prepared.config
     judge.before(loaded)
     adapter = config.method.attach(loaded, seed=config.train.seed)
     policy = Policy(loaded, adapter.route, recompute=config.train.recompute, packed=config.data.packing)

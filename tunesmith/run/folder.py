@@ -17,7 +17,7 @@ from typing import Any
 from tunesmith.config import Config, as_dict, differences
 from tunesmith.core.errors import CheckpointError, ConfigError, ResourceError
 from tunesmith.core.files import FolderLock, canonical_json, os_error, read_json, write_atomic
-from tunesmith.core.yaml import read_yaml_text, write_yaml_text
+from tunesmith.core.yaml import read_yaml, write_yaml_text
 
 PACKAGES = ("tunesmith", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
 
@@ -36,16 +36,23 @@ class RunFolder:
     @property
     def config(self) -> dict[str, Any]:
         """The resolved configuration that the run was begun with. Raises CheckpointError."""
+        path = self.path / "config.yaml"
         try:
-            return read_yaml_text((self.path / "config.yaml").read_text("utf-8"), str(self.path / "config.yaml"))
-        except FileNotFoundError as error:
-            raise CheckpointError("holds no run: config.yaml is missing", where=str(self.path)) from error
+            found = read_yaml(path)
+        except ConfigError as error:
+            raise CheckpointError(f"damaged: {error.message}", where=error.where) from error
+        if not isinstance(found, dict) or not {"model", "data", "out"} <= set(found):
+            raise CheckpointError("damaged: not the configuration of a run", where=str(path))
+        return found
 
     @property
     def facts(self) -> dict[str, Any]:
         """run.json, or an empty mapping before it is written."""
         path = self.path / "run.json"
-        return read_json(path, CheckpointError) if path.exists() else {}
+        found = read_json(path, CheckpointError) if path.exists() else {}
+        if not isinstance(found, dict):
+            raise CheckpointError("damaged: not the facts of a run", where=str(path))
+        return found
 
     @property
     def is_finished(self) -> bool:
@@ -59,6 +66,11 @@ class RunFolder:
     def write_config(self, config: Config) -> None:
         """Writes config.yaml with every default written out."""
         write_atomic(self.path / "config.yaml", write_yaml_text(as_dict(config)))
+
+    def withdraw(self) -> None:
+        """Takes back a run that was begun and has done nothing yet."""
+        for name in ("config.yaml", "run.json", "plan.json"):
+            (self.path / name).unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from tunesmith.run.opening import Seen
     from tunesmith.run.prepare import Prepared
 
+log = logging.getLogger(__name__)
 CONSTANT, COPY = "constant answer", "copy of the prompt"
 
 
@@ -107,10 +109,16 @@ class Judge:
         path = self.folder / "eval.json"
         if not path.exists():
             return False
-        self.models = read_json(path, CheckpointError)["models"]
-        lines = (self.folder / "samples.jsonl").read_text("utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        self.answers["untuned"] = [row["base"] for row in rows] if rows and "base" in rows[0] else []
+        try:
+            models = read_json(path, CheckpointError)["models"]
+            lines = (self.folder / "samples.jsonl").read_text("utf-8").splitlines()
+            answers = [json.loads(line)["base"] for line in lines]
+            self.models = [{"name": model["name"], "metrics": model["metrics"]} for model in models]
+        except (CheckpointError, FileNotFoundError, ValueError, KeyError, TypeError):
+            # nothing but what can be measured again is lost
+            log.warning("%s or samples.jsonl beside it is damaged: judging the untuned model again", path)
+            return False
+        self.answers["untuned"] = answers
         return True
 
     def _write(self) -> None:

@@ -81,7 +81,8 @@ def find(source: str) -> Named:
     run = RunFolder(folder)
     if run.exists:
         config = run.config
-        template = str(config["data"]["template"])
+        data = config["data"]
+        template = str(data.get("template", "auto") if isinstance(data, dict) else "auto")
         if (folder / "model" / "config.json").exists():
             return Named(source, str(folder / "model"), template=template)
         if (folder / "adapter" / "adapter_config.json").exists():
@@ -90,18 +91,25 @@ def find(source: str) -> Named:
             "this run has no result yet", where=source, hint="finish it with `tunesmith tune ... --resume`"
         )
     if (folder / "adapter_config.json").exists():
-        settings = read_json(folder / "adapter_config.json", ModelError)
-        base = settings.get("base_model_name_or_path")
-        if not base:
+        named = _named_base(folder)
+        if not named:
             raise ModelError("does not name its base model", where=str(folder / "adapter_config.json"))
-        return Named(source, str(base), folder)
+        return Named(source, named, folder)
     return Named(source, source)
 
 
 def _base(adapter: Path) -> str:
     """The base model's folder as the adapter remembers it (the run may be used from elsewhere); empty when gone."""
-    base = str(read_json(adapter / "adapter_config.json", ModelError).get("base_model_name_or_path") or "")
+    base = _named_base(adapter)
     return base if base and Path(base).is_dir() else ""
+
+
+def _named_base(adapter: Path) -> str:
+    path = adapter / "adapter_config.json"
+    settings = read_json(path, ModelError)
+    if not isinstance(settings, dict):
+        raise ModelError("not the configuration of an adapter", where=str(path))
+    return str(settings.get("base_model_name_or_path") or "")
 
 
 def look(source: str, *, template: str = "auto", plain: bool = False) -> Seen:
