@@ -64,8 +64,8 @@ def make_steps(settings: dict[str, Any], folder: Path) -> list[list[dict[str, An
     from tunesmith.data.section import DataSection
 
     section = DataSection(train=settings["data"], max_length=settings["max_length"])
-    data = open_data(settings["data"], section, Codec.open(folder))
-    stream = StepStream(Mixture([len(data)]), data.example, Sizes(rows_per_step=settings["rows"]))
+    data = open_data(section.train, section, Codec.open(folder))
+    stream = StepStream(Mixture(data.sizes, data.weights), data.example, Sizes(rows_per_step=settings["rows"]))
     return [
         [{"ids": list(row.ids), "supervised": list(row.supervised)} for row in step.micro_batches[0]]
         for step in islice(stream, settings["steps"])
@@ -96,7 +96,7 @@ def train(settings: dict[str, Any]) -> None:
     loaded_bytes = peak_bytes()
     steps = list(read_steps(settings))
     section = TrainSection(
-        steps=len(steps), rows_per_step=settings["rows"], micro_batch_rows=settings["micro"], lr=settings["lr"],
+        steps=len(steps), rows_per_step=settings["rows"], lr=settings["lr"],
         schedule="constant", warmup=0.0, save_every=10**6, clip=1.0,
     )  # fmt: skip
 
@@ -120,9 +120,17 @@ def read_steps(settings: dict[str, Any]) -> Iterator[Any]:
     kept = json.loads((Path(settings["folder"]) / "steps.json").read_text())
     for number, index in enumerate(settings["use"], 1):
         rows = [Example(row["ids"], row["supervised"], f"row:{index}.{n}") for n, row in enumerate(kept[index])]
-        micro = settings["micro"]
-        cut = [rows[start : start + micro] for start in range(0, len(rows), micro)]
-        yield Step(number, cut, Cursor(0, number), 0.0)
+        yield Step(number, cut(rows, settings["micro_tokens"]), Cursor(0, number), 0.0)
+
+
+def cut(rows: list[Any], most_tokens: int) -> list[list[Any]]:
+    """Rows of a step as micro-batches of at most so many tokens, at least one row."""
+    found: list[list[Any]] = [[]]
+    for row in rows:
+        if found[-1] and sum(len(one.ids) for one in found[-1]) + len(row.ids) > most_tokens:
+            found.append([])
+        found[-1].append(row)
+    return found
 
 
 if __name__ == "__main__":

@@ -148,7 +148,9 @@ def counting(trainer_class: type, turns: Turns, total: int) -> type:
             self.look = layer.register_forward_pre_hook(self.check_autocast)
 
         def check_autocast(self, module: Any, inputs: Any) -> None:
-            assert torch.is_autocast_enabled("cpu") == self.wanted_autocast, "accelerate's autocast is not as it was set"
+            assert torch.is_autocast_enabled("cpu") == self.wanted_autocast, (
+                "accelerate's autocast is not as it was set"
+            )
             self.look.remove()
 
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
