@@ -6,7 +6,6 @@ now; merge adapters first (`adapt/merge.py`). GGUF is written in `gguf.py`.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +14,6 @@ from tunesmith.core.files import atomic_folder
 
 if TYPE_CHECKING:
     from tunesmith.models.load import Loaded
-
-# copied as they are: written anew they might lose rules that only tokenizer.json holds
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model",
-)  # fmt: skip
 
 
 def save_merged(loaded: Loaded, folder: Path | str, *, shard_bytes: int = 2_000_000_000) -> Path:
@@ -33,18 +26,13 @@ def save_merged(loaded: Loaded, folder: Path | str, *, shard_bytes: int = 2_000_
         ResourceError: no room, or not writable.
     """
     from tunesmith.models.load import quiet
-    from tunesmith.models.ports import base_state
+    from tunesmith.models.save import write_model
 
     folder = Path(folder).expanduser().absolute()
     refuse_existing(folder)
-    state = base_state(loaded.model)
     _tell_untied(loaded)
     with atomic_folder(folder) as work, quiet():
-        # transformers saves: some families are stored under other names than they have in memory
-        loaded.model.save_pretrained(work, state_dict=state, max_shard_size=shard_bytes)
-        for name in TOKENIZER_FILES:
-            if (loaded.folder / name).is_file():
-                shutil.copyfile(loaded.folder / name, work / name)
+        write_model(loaded, work, shard_bytes)
     return folder
 
 
