@@ -233,6 +233,15 @@ def test_the_folders_of_the_readme_are_there_and_all_of_them() -> None:
 # Python
 
 
+def test_the_public_names_are_listed() -> None:
+    """Kills: a public name that came or went without its page."""
+    import tunesmith
+
+    told = re.search(r"`ts\.__all__`: (.*?)\.\n", read("python.md"), re.S)
+    assert told is not None
+    assert names_in(told.group(1)) == set(tunesmith.__all__)
+
+
 @pytest.mark.parametrize("page", ["python.md", "methods.md"])
 def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a tiny model in place of the bundled one. Kills: a name or an argument that the page has and the code not."""
