@@ -19,6 +19,7 @@ from tunesmith.core.errors import CheckpointError
 from tunesmith.core.files import canonical_json, write_atomic
 from tunesmith.run.folder import RunFolder, check_state, check_writable, locked, machine, versions
 from tunesmith.run.prepare import Prepared, prepare
+from tunesmith.run.stopping import stoppable
 
 if TYPE_CHECKING:
     from tunesmith.adapt.adapter import Adapter
@@ -31,9 +32,14 @@ if TYPE_CHECKING:
 def run(config: Config, *, resume: bool = False) -> Path:
     """Does everything a configuration says and answers the run folder.
 
-    Raises: any TunesmithError; what was saved before stays, and `resume` goes on from there.
+    Raises: any TunesmithError; what was saved before stays, and `resume` goes on from there. Signals become Stopped.
     """
     folder = RunFolder(config.out)
+    with stoppable(folder):
+        return _run(config, folder, resume)
+
+
+def _run(config: Config, folder: RunFolder, resume: bool) -> Path:
     check_writable(folder.path)
     check_state(folder, config, resume)
     if folder.is_finished:
