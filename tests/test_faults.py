@@ -63,3 +63,32 @@ def test_a_wrong_input_is_named_with_its_place_and_its_mend(answers: dict[str, d
     assert "bug in tunesmith" not in told
     assert answer["left"] == []
     assert answer["heavy"] == []
+
+
+REAL = [
+    "settings: lr is a word", "settings: targets that match nothing", "yaml: key twice", "usage: unknown command",
+    "usage: generate without prompt", "data: UTF-16", "data: truncated JSON", "data: missing path",
+    "model: no tokenizer", "model: truncated weights", "out: a file in the way",
+]  # fmt: skip
+PROGRAM = """
+import atexit, sys
+atexit.register(lambda: print([name for name in ("torch", "transformers") if name in sys.modules]))
+from tunesmith.cli.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_program_itself_says_so_without_torch(good: Path, tmp_path: Path, name: str) -> None:
+    """Kills: an exit code that is lost on the way out of the process; a heavy import before the check."""
+    case = CASES[name]
+    folder = Path(shutil.copytree(good, tmp_path / "work"))
+    case.make(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *case.command.split()],
+        cwd=folder, env=environment(tmp_path), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == case.code, done.stderr
+    assert all(word in done.stderr for word in case.words), done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stdout.strip() == "[]"

@@ -32,7 +32,7 @@ def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(folder: Path) ->
 def test_a_run_that_is_asked_to_stop_saves_and_ends_with_the_same_bytes(
     folder: Path, method: str, early: tuple[int, int], late: tuple[int, int]
 ) -> None:
-    """Kills: an exit code of another signal; a step that is lost or counted twice; a stop before training that fails."""
+    """Kills: an exit code of another signal; a step that is lost or counted twice; a stop before training."""
     whole = unbroken(folder, method) if not (folder / f"{method}-whole").exists() else None
     wanted = whole.results if whole else results(folder / f"{method}-whole")
     out = f"{method}-stopped"
