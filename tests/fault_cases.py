@@ -229,6 +229,10 @@ USAGE: dict[str, Case] = {
     "evaluate an unknown metric": command("evaluate model --data eval.jsonl --metrics blue", "--metrics", "bleu"),
     "evaluate nothing": command("evaluate nothing --data eval.jsonl", "nothing", "bundled are", code=4),
     "evaluate no rows": command("evaluate model --data evil.jsonl", "evil.jsonl", "eval.jsonl", code=3),
+    "evaluate by nothing": command("evaluate model --data eval.jsonl --metrics ''", "--metrics", "loss,bleu"),
+    "examples without effect": command("evaluate model --data eval.jsonl --shots 2", "--shots", "exact_match"),
+    "an answer over a file": command("evaluate model --data eval.jsonl --out eval.jsonl", "in the way", code=5),
+    "questions that are not there": command("generate model --data evil.jsonl", "evil.jsonl", "eval.jsonl", code=3),
     "evaluate without rows": command("evaluate model", "--data"),
     "generate without prompt": command("generate model", "--prompt", "--data"),
     "chat with nothing": command("chat nothing", "nothing", "bundled are", code=4),
@@ -260,6 +264,7 @@ DATA: dict[str, Case] = {
     "unknown role": file(talk(("usr", "a"), ("assistant", "b")), "train.jsonl:1", "'usr'", "did you mean user?"),
     "user last": file(talk(("user", "a"), ("assistant", "b"), ("user", "c")), "train.jsonl:1", "last turn"),
     "unknown keys": file(row(frage="a", antwort="b"), "train.jsonl", "frage", "antwort", "data.format"),
+    "a key that drives the terminal": file(row(**{"\x1b[31mfrage": "a"}), "train.jsonl:1", "\\x1b[31mfrage"),
     "rows for judges": file(row(prompt="a", chosen="b", rejected="c"), "train.jsonl", "chosen"),
     "CSV by name JSONL": file("instruction,output\na,b\n", "train.jsonl", "CSV", ".csv"),
     "HTML by name JSONL": file("<!DOCTYPE html><html>not found</html>", "train.jsonl", "HTML"),
@@ -319,6 +324,13 @@ MODEL: dict[str, Case] = {
     ),
     "an adapter for a model": model(to_adapter, "model", "an adapter, not a model", "some/base"),
     "a weights file": plain("model.safetensors", "folder", code=4, model="model/model.safetensors"),
+    "rows beyond the positions": Case(
+        two(
+            lambda f: edit_json(f / "model/config.json", model_type="gpt2", n_positions=30),
+            lambda f: edit_json(f / "model/config.json", max_position_embeddings=30),
+        ),
+        ("data.train", "38 tokens", "30 positions", "data.max_length"), 2,
+    ),
     "an endless template": model(
         put("chat_template.jinja", "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}"),
         "template", "data.template",

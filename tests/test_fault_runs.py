@@ -292,7 +292,7 @@ UNFIT: dict[str, tuple[Callable[[Path], object], str, int, tuple[str, ...]]] = {
     ),
     "a rank above the maps": (lambda f: None, "method.rank=33", 2, ("method.rank", "33", "at most")),
     "an enormous rank": (lambda f: None, "method.rank=1000000000", 2, ("method.rank", "at most")),
-    "a regex that matches nothing": (lambda f: None, "'method.targets=[.*x[0-9]$]'", 2, ("method.targets",)),
+    "a regex that matches nothing": (lambda f: None, '"method.targets=[\'.*x9\']"', 2, ("method.targets",)),
     "more layers than there are": (
         lambda f: None, "'method={kind: top_layers, layers: 9}'", 2, ("method.layers", "9", "2")
     ),

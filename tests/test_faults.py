@@ -61,6 +61,7 @@ def test_a_wrong_input_is_named_with_its_place_and_its_mend(answers: dict[str, d
         assert word in told, told
     assert "Traceback" not in told
     assert "bug in tunesmith" not in told
+    assert "\x1b" not in told
     assert answer["left"] == []
     assert answer["heavy"] == []
 

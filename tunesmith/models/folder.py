@@ -18,6 +18,11 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _OTHER_TOKENIZERS = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack", "model.ckpt")
 _SAMPLE_BYTES = 64
+# families that learn one vector a position, and how many rows of that table are set aside
+_POSITION_TABLES = {
+    "gpt2": 0, "gpt_neo": 0, "gpt_bigcode": 0, "opt": 0, "bert": 0, "distilbert": 0, "electra": 0, "albert": 0,
+    "roberta": 2, "xlm-roberta": 2, "camembert": 2, "mpnet": 2,
+}  # fmt: skip
 # entries of config.json that say how a copy was stored or is run, not which model it is
 _NOT_IDENTITY = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "name_or_path")
 
@@ -45,6 +50,17 @@ def validate_folder(folder: Path | str) -> None:
         except ModelError as error:
             problems.add(error)
     problems.raise_if_any()
+
+
+def position_limit(config: dict[str, Any]) -> int | None:
+    """Tokens of the longest document that a model has positions for; None where positions are computed.
+
+    Args:
+        config: what config.json holds.
+    """
+    places = config.get("max_position_embeddings", config.get("n_positions"))
+    reserved = _POSITION_TABLES.get(str(config.get("model_type")))
+    return None if reserved is None or not isinstance(places, int) else places - reserved
 
 
 def weight_files(folder: Path | str) -> list[Path]:

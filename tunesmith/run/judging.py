@@ -167,6 +167,10 @@ def judge_models(sources: list[str], question: Question, out: str | None = None)
         metrics = metric_names(question.metrics)
     except ValueError as error:
         raise ConfigError(str(error), where="--metrics") from error
+    if not metrics:
+        raise ConfigError(
+            "names none", where="--metrics", hint="as in --metrics loss,bleu; see `tunesmith evaluate -h`"
+        )
     if out is not None:
         check_writable(Path(out))
     seen = [look(source, template=question.template) for source in sources]
@@ -198,5 +202,8 @@ def _exam(question: Question, seen: Seen, metrics: tuple[str, ...]) -> tuple[Exa
     exam = Exam(rows, metrics, question.max_new_tokens, question.rows)
     if not question.shots:
         return exam, []
+    if not exam.spoken:
+        told = f"no effect on {' '.join(metrics)}, which are measured without solved examples"
+        raise ConfigError(told, where="--shots", hint="add a metric of written answers, as exact_match, to --metrics")
     solved = question.dataset(question.shots_from or question.data, seen.codec, seen.chosen)
     return exam, choose_shots(solved, question.shots, exam.dialogues)

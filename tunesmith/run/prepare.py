@@ -22,7 +22,7 @@ from tunesmith.data.dataset import Dataset, open_data
 from tunesmith.data.order import Mixture
 from tunesmith.data.pack import Cursor, Sizes, StepStream, Totals, count_steps
 from tunesmith.data.statistics import DataStatistics
-from tunesmith.models.folder import validate_folder
+from tunesmith.models.folder import position_limit, validate_folder
 from tunesmith.models.source import resolve
 
 if TYPE_CHECKING:
@@ -121,7 +121,21 @@ def read_data(parts: Parts, section: DataSection, codec: Codec, where: str) -> t
     """Opens rows and checks every one of them. Raises DataError naming the setting, the file and the row."""
     dataset = open_data(parts, section, codec)
     with progress(len(dataset), f"reading {where}") as report:
-        return dataset, dataset.check(progress=report)
+        found = dataset.check(progress=report)
+    _check_positions(found, section, codec.folder, where)
+    return dataset, found
+
+
+def _check_positions(found: DataStatistics, section: DataSection, folder: Path, where: str) -> None:
+    limit = position_limit(read_json(folder / "config.json", ModelError))
+    if limit is None or section.max_length <= limit:
+        return
+    if found.longest_tokens > limit or found.examined < found.rows:
+        raise ConfigError(
+            f"rows of up to {min(section.max_length, found.longest_tokens)} tokens; the model has {limit} positions",
+            where=where,
+            hint=f"set data.max_length (--max-length) to at most {limit}",
+        )
 
 
 def progress(total: int, title: str) -> Any:
