@@ -19,7 +19,7 @@ _PUBLIC = {
     "tune": "tunesmith.run.api",
 }
 
-__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+__all__ = sorted(_PUBLIC)
 __version__ = "0.1.0"
 
 

@@ -7,6 +7,7 @@ leaves behind is in its folder. Resuming goes through the same lines.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -109,9 +110,11 @@ def _make_ready(prepared: Prepared, folder: RunFolder) -> _Ready:
 
     config = prepared.config
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    for noisy in ("transformers", "matplotlib", "urllib3", "datasets"):
+    for noisy in ("transformers", "urllib3", "datasets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    compute = resolve(config.precision)
+    # a resumed run computes as it began, wherever it goes on
+    compute = folder.facts.get("precision") or resolve(config.precision)
+    say(_how(compute))
     plan = plan_run(prepared)
     write_atomic(folder.path / "plan.json", canonical_json(plan.as_dict(), indent=1) + "\n")
     _print(show_plan(plan.as_dict()))
@@ -121,6 +124,17 @@ def _make_ready(prepared: Prepared, folder: RunFolder) -> _Ready:
         precision=compute, seed=config.train.seed, model=_model_facts(loaded, config.model),
     )  # fmt: skip
     return _Ready(prepared, loaded, Judge(prepared, folder.path))
+
+
+def _how(compute: str) -> str:
+    """In what numbers and on how many threads; a busy machine is pointed out, as two threads then wait for each other."""
+    import torch
+
+    threads, load = torch.get_num_threads(), os.getloadavg()[0]
+    line = f"computing in {compute} on {threads} thread{'s' if threads > 1 else ''}"
+    if threads > 1 and load > threads / 2:
+        line += f"; this machine is busy (load {load:.1f}): OMP_NUM_THREADS=1 may be faster"
+    return line
 
 
 def _carry_out(ready: _Ready, folder: RunFolder, resume: bool) -> None:
