@@ -127,7 +127,7 @@ def _make_ready(prepared: Prepared, folder: RunFolder) -> _Ready:
 
 
 def _how(compute: str) -> str:
-    """In what numbers and on how many threads; a busy machine is pointed out, as two threads then wait for each other."""
+    """In what numbers and on how many threads; on a busy machine threads wait for each other, which is pointed out."""
     import torch
 
     threads, load = torch.get_num_threads(), os.getloadavg()[0]
