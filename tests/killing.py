@@ -57,6 +57,8 @@ def start(folder: Path, method: str, out: str) -> subprocess.Popen[str]:
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TUNESMITH_CACHE": str(folder / "cache")},
         stderr=subprocess.PIPE,
         text=True,
+        # whoever starts the tests in the background makes them and their children deaf to it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -318,6 +318,8 @@ def press(one: Typed, folder: Path, environment: dict[str, str]) -> tuple[int, s
         running = subprocess.Popen(
             ["bash", "-o", "pipefail", "-c", one.command],
             cwd=folder, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
+            # whoever starts the tests in the background makes them and their children deaf to it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         if one.interrupted_after is not None:
             before = one.lines[: one.interrupted_after]

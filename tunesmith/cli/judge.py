@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -58,6 +59,6 @@ def evaluate(
         return
     from rich.console import Console
 
-    from tunesmith.evaluate.table import metrics_table
+    from tunesmith.evaluate.table import metrics_table, table_width
 
-    Console(highlight=False).print(metrics_table(answer))
+    Console(highlight=False, width=table_width(sys.stdout)).print(metrics_table(answer))

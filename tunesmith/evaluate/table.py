@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -19,7 +19,7 @@ def metrics_table(answer: dict[str, Any]) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("model", no_wrap=True)
     for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     columns = {name: [model["metrics"].get(name) for model in models] for name in names}
     best = {name: _best(name, scores) for name, scores in columns.items()}
     # metrics on a scale of 100 need one digit, losses and the like need more
@@ -32,6 +32,11 @@ def metrics_table(answer: dict[str, Any]) -> RenderableType:
     notes = [f"{' or '.join(map(str, sorted(rows)))} rows; behind each value its 95 % bootstrap interval"]
     notes += [f"{name}: {signature}" for name, signature in signatures.items()]
     return Group(table, Text("\n".join(notes), style="dim"))
+
+
+def table_width(stream: TextIO) -> int | None:
+    """Columns for a table: those of the terminal, or enough for a log file."""
+    return None if stream.isatty() else 140
 
 
 def _best(name: str, scores: list[dict[str, Any] | None]) -> float | None:

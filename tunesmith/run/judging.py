@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,9 +96,11 @@ class Judge:
         if self.models:
             from rich.console import Console
 
-            from tunesmith.evaluate.table import metrics_table
+            from tunesmith.evaluate.table import metrics_table, table_width
 
-            Console(stderr=True, highlight=False).print(metrics_table({"models": self.models}))
+            Console(stderr=True, highlight=False, width=table_width(sys.stderr)).print(
+                metrics_table({"models": self.models})
+            )
 
     def _enter(self, name: str, scores: Scores, answers: list[str]) -> None:
         self.models = [model for model in self.models if model["name"] != name]
