@@ -178,3 +178,18 @@ def _python_without_pip(folder: Path) -> str:
     script.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} -S -m pip "$@"\n')
     script.chmod(0o755)
     return str(script)
+
+
+def test_a_folder_that_goes_away_while_it_is_measured_is_passed_over(own_cache, monkeypatch):
+    """pip unpacks and deletes while progress looks on. Fails when the walk lets the missing folder's error out."""
+    (own_cache / "kept").write_bytes(b"12345")
+    (own_cache / "gone").mkdir()
+    scan = os.scandir
+
+    def gone(path):
+        if os.fspath(path).endswith("gone"):
+            raise FileNotFoundError(path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", gone)
+    assert packages._largest(own_cache) == 5

@@ -214,11 +214,10 @@ def _poll(
 def _largest(folder: Path) -> int:
     """The size of the largest file below a folder that another process is changing."""
     largest = 0
-    for path in folder.rglob("*"):
-        try:
-            largest = max(largest, path.lstat().st_size)
-        except OSError:
-            continue
+    for where, _, names in os.walk(folder):  # passes over a folder that goes away meanwhile; Path.rglob does not
+        for name in names:
+            with suppress(OSError):
+                largest = max(largest, os.lstat(os.path.join(where, name)).st_size)
     return largest
 
 
