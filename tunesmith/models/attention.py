@@ -141,5 +141,5 @@ def _capped(
     if mask is not None:
         low = torch.finfo(scores.dtype).min
         scores = scores.masked_fill(~mask, low) if mask.dtype == torch.bool else scores + mask
-    weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+    weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     return nn.functional.dropout(weights, dropout) @ value

@@ -31,8 +31,8 @@ class Shaping:
     cap: float | None = None
 
     def __call__(self, raw: Tensor) -> Tensor:
-        """Logits in float32."""
-        logits = raw.float()
+        """Logits in float32; those of a float64 model stay float64."""
+        logits = raw.to(wide(raw.dtype))
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
@@ -42,6 +42,11 @@ class Shaping:
         if self.cap is not None:
             gradient = gradient * (1 - (logits / self.cap).square())
         return gradient if self.scale == 1.0 else gradient * self.scale
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of losses and logits: float32, or float64 for a model in float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def chunk_rows(device: torch.device) -> int:
@@ -58,7 +63,7 @@ def fused_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: T
         targets: int64 [rows].
 
     Returns:
-        float32 [rows], differentiable in `hidden`.
+        [rows], float32 (float64 for a float64 model), differentiable in `hidden`.
     """
     losses: Tensor = _Fused.apply(hidden, weight, bias, targets, shaping)  # type: ignore[no-untyped-call]
     return losses
@@ -69,7 +74,7 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, shaping: Shaping
     ) -> Tensor:
-        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(len(targets), dtype=wide(hidden.dtype), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         rows = chunk_rows(hidden.device)
         for start in range(0, len(targets), rows):
@@ -94,7 +99,7 @@ class _Fused(torch.autograd.Function):
 
 
 def plain_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, shaping: Shaping) -> Tensor:
-    """Negative log-likelihoods through any head, float32 [rows]; logits live for one chunk at a time.
+    """Negative log-likelihoods through any head, [rows] as `fused_losses`; logits live for one chunk at a time.
 
     Gradients reach `hidden`, the head's weights and its inserts; each chunk is computed again in the backward.
     """
@@ -110,4 +115,4 @@ def plain_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tens
             parts.append(checkpoint(losses, *part, use_reentrant=False, context_fn=checkpoint_contexts))
         else:
             parts.append(losses(*part))
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=wide(hidden.dtype))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tunesmith.core.errors import ConfigError
 from tunesmith.models import attention
-from tunesmith.models.cross_entropy import Shaping, fused_losses, plain_losses
+from tunesmith.models.cross_entropy import Shaping, fused_losses, plain_losses, wide
 from tunesmith.models.families import setting
 from tunesmith.models.ports import Port
 from tunesmith.models.recompute import keep, recompute
@@ -68,7 +68,7 @@ class Policy:
         """Negative log-likelihood of each target given what precedes it in its document.
 
         Returns:
-            float32 [supervised], differentiable in what is trainable.
+            float32 (float64 for a float64 model) [supervised], differentiable in what is trainable.
 
         Raises:
             ConfigError: the model does not generate text from left to right.
@@ -76,7 +76,7 @@ class Policy:
         self._needs_decoder()
         if not self.family.head:
             logits = self._own_logits(batch)[batch.sources]
-            return nn.functional.cross_entropy(logits.float(), batch.targets, reduction="none")
+            return nn.functional.cross_entropy(logits.to(wide(logits.dtype)), batch.targets, reduction="none")
         hidden = self.hidden(batch)[batch.sources]
         with self.route.enter():
             weight, bias = self._frozen_head()
