@@ -1,22 +1,22 @@
 """Adapters on disk: adapter_config.json and adapter_model.safetensors, in PEFT's layout wherever peft has the method.
 
 The one idea: a file fits completely or is refused by name; nothing is skipped and nothing is initialised instead.
-What is particular to LoRA's names and patterns is `peft_lora.py`.
+What is particular to a method that peft has is in a module of its own, named in the table below; every other method's
+tensors are written under the names that `Adapter.parameters` has.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from tunesmith.adapt import peft_lora
-from tunesmith.adapt.lora import LoRA
 from tunesmith.adapt.methods import METHODS
 from tunesmith.core.errors import AdapterError
 from tunesmith.core.files import atomic_folder, canonical_json, read_json
@@ -30,6 +30,36 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 OWN = "TUNESMITH_"
+
+# peft's name of a method to the module that reads and writes its files (a `Layout`)
+LAYOUTS = {
+    "LORA": "tunesmith.adapt.peft_lora",
+}
+# kinds of ours that are written in one of these; all others are TUNESMITH_<KIND>
+PEFT_TYPES = {"lora": "LORA"}
+
+
+class Layout(Protocol):
+    """What a module of the table has."""
+
+    def written(self, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The settings, `peft_type` among them, and the tensors of an adapter as peft wants them."""
+        ...
+
+    def read(
+        self,
+        loaded: Loaded,
+        settings: Mapping[str, Any],
+        tensors: dict[str, Tensor],
+        name: str,
+        where: str,
+        own: Method | None,
+    ) -> Adapter:
+        """An adapter from such settings and tensors; `own` is the method where tunesmith wrote them.
+
+        Raises AdapterError; the model is then as it was.
+        """
+        ...
 
 
 def save_run(adapter: Adapter, folder: Path) -> Path:
@@ -56,12 +86,8 @@ def save_adapter(adapter: Adapter, folder: Path | str) -> Path:
         "tunesmith_base": {"name": adapter.loaded.name, "fingerprint": adapter.loaded.fingerprint},
         "tunesmith_method": adapter.method.model_dump(mode="json"),
     }
-    if isinstance(adapter.method, LoRA):
-        more, tensors = peft_lora.written(adapter)
-        settings |= more
-    else:
-        settings["peft_type"] = OWN + adapter.method.kind.upper()
-        tensors = dict(adapter.parameters)
+    more, tensors = _layout(PEFT_TYPES.get(adapter.method.kind)).written(adapter)
+    settings |= more
     ready = {name: tensors[name].detach().float().cpu().contiguous() for name in sorted(tensors)}
     with atomic_folder(folder) as work:
         (work / CONFIG).write_text(canonical_json(settings, indent=2) + "\n", "utf-8")
@@ -87,23 +113,52 @@ def load_adapter(loaded: Loaded, folder: Path | str, name: str = "default") -> A
         raise AdapterError("not a JSON object", where=str(folder / CONFIG))
     _check_base(loaded, settings, folder)
     tensors = _read_tensors(folder)
-    kind = settings.get("peft_type")
-    if kind == "LORA":
-        return peft_lora.read(loaded, settings, tensors, name, str(folder), _own_method(settings, folder))
-    method = _own_method(settings, folder)
-    if method is None or kind != OWN + method.kind.upper():
-        raise AdapterError(f"peft_type {kind!r} is not known here", where=str(folder / CONFIG), hint="LORA is")
-    adapter = method.attach(loaded, name)
-    wanted = adapter.parameters
+    kind, own = settings.get("peft_type"), _own_method(settings, folder)
+    if kind not in LAYOUTS and (own is None or kind != OWN + own.kind.upper()):
+        known = " ".join(LAYOUTS)
+        raise AdapterError(f"peft_type {kind!r} is not known here", where=str(folder / CONFIG), hint=f"{known} are")
+    return _layout(kind).read(loaded, settings, tensors, name, str(folder), own)
+
+
+class _Own:
+    """The layout of what peft does not have: tensors by the names that the adapter gives them."""
+
+    def written(self, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"peft_type": OWN + adapter.method.kind.upper()}, dict(adapter.parameters)
+
+    def read(
+        self,
+        loaded: Loaded,
+        settings: Mapping[str, Any],
+        tensors: dict[str, Tensor],
+        name: str,
+        where: str,
+        own: Method | None,
+    ) -> Adapter:
+        assert own is not None
+        adapter = own.attach(loaded, name)
+        fill(adapter, adapter.parameters, tensors, where)
+        return adapter
+
+
+def _layout(kind: Any) -> Layout:
+    if kind not in LAYOUTS:
+        return _Own()
+    module: Any = importlib.import_module(LAYOUTS[kind])
+    layout: Layout = module
+    return layout
+
+
+def fill(adapter: Adapter, wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copies stored tensors into an adapter's, by name. Raises AdapterError where they do not fit, and detaches it."""
     try:
-        fits({path: tuple(value.shape) for path, value in wanted.items()}, tensors, str(folder))
+        fits({path: tuple(value.shape) for path, value in wanted.items()}, tensors, where)
     except AdapterError:
         adapter.detach()
         raise
     with torch.no_grad():
         for path, value in wanted.items():
             value.copy_(tensors[path])
-    return adapter
 
 
 def fits(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], where: str) -> None:
