@@ -167,7 +167,7 @@ def _problem(value: Any, text: str) -> str:
         return f"a row is an object with keys, this is {describe(value)}"
     if text.count("{") + text.count("[") > DEPTH_LIMIT and _depth(value) > DEPTH_LIMIT:
         return f"nested more than {DEPTH_LIMIT} deep"
-    if "\\ud" in text.lower() and re.search("[\ud800-\udfff]", _texts(value)):
+    if ("\\ud" in text or "\\uD" in text) and re.search("[\ud800-\udfff]", _texts(value)):
         return "holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
     return ""
 
