@@ -1,6 +1,7 @@
 """Signals outside the training loop: before and after it, stopping is leaving, because what is done is on the disk.
 
-The loop has its own way (`train.stop`): it finishes the step and saves.
+The loop has its own way (`train.stop`): it finishes the step and saves. Until there is a run to speak of, signals are
+`core.signals`'s.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 from tunesmith.core.errors import Stopped
+from tunesmith.core.signals import INTERRUPTED, TERMINATED, set_back
 from tunesmith.run.folder import RunFolder
-
-TERMINATED, INTERRUPTED = 75, 130
 
 
 class _Terminated(BaseException):
@@ -34,7 +34,7 @@ def stoppable(folder: RunFolder) -> Iterator[None]:
         raise Stopped("stopped outside of training", where=str(folder.path), hint=hint, exit_code=code) from error
     finally:
         if is_main:
-            signal.signal(signal.SIGTERM, before)
+            set_back(before)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from tunesmith.core.errors import ConfigError, Stopped, did_you_mean
+from tunesmith.core.signals import INTERRUPTED, TERMINATED
 
 if TYPE_CHECKING:
     from tunesmith.train.checkpoint import State
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
-TERMINATED, INTERRUPTED = 75, 130
 
 
 def judge(stop: StopSection, metrics: dict[str, float], state: State) -> bool:
