@@ -20,7 +20,7 @@ from tunesmith.models.targets import Rows, block_paths, check_targets, match, no
 def test_every_map_of_a_block_has_a_role(family: str) -> None:
     """Kills: an entry of the table removed or misspelt."""
     loaded = tiny_loaded(family)
-    maps = {path: module for path, module in loaded.model.named_modules() if port_kind(module)}
+    maps = {path: module for path, module in loaded.model.named_modules() if port_kind(module) not in (None, "norm")}
     table = placed(loaded.family, maps, loaded.model)
     blocks = tuple(f"{path}." for path in block_paths(loaded.model, loaded.family))
     beside = ("pos_key_proj", "pos_query_proj", "relative_attention_bias")  # deberta's and t5's own
@@ -51,6 +51,9 @@ def test_norms_are_found_and_are_norms(family: str) -> None:
     found = norm_paths(loaded.model, loaded.family)
     wanted = [path for path, module in loaded.model.named_modules() if "Norm" in type(module).__name__]
     assert found == wanted
+    assert [(target.path, target.role) for target in match(loaded.model, loaded.family, ["norm"])] == [
+        (path, "norm") for path in wanted
+    ]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi3"])

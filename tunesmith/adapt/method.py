@@ -7,16 +7,17 @@ in `adapter.py`. One method a file; the table is in `methods.py`. Importing this
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tunesmith.core.section import Section
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from tunesmith.adapt.adapter import Adapter
     from tunesmith.models.load import Loaded
     from tunesmith.models.ports import Insert
+    from tunesmith.models.targets import Target
 
 
 class Method(Section):
@@ -24,12 +25,18 @@ class Method(Section):
 
     Attributes:
         kind: name in the table.
+        identity_at_start: a fresh adapter answers as the base does, bit for bit; soft tokens, which the base has
+            never seen, are the exception that says so.
     """
+
+    identity_at_start: ClassVar[bool] = True
 
     kind: str
 
     def attach(self, loaded: Loaded, name: str = "default", seed: int = 0) -> Adapter:
         """Puts a fresh adapter on a model and freezes everything else. Works on the meta device.
+
+        As it stands here, it puts `insert` at each of `places`; a method that does more writes its own.
 
         Args:
             name: letters, digits, `_` and `-`; unique on the model.
@@ -39,6 +46,21 @@ class Method(Section):
             ConfigError: the settings do not fit the model.
             AdapterError: the name is taken.
         """
+        from tunesmith.adapt.adapter import Adapter
+
+        # all made before any is put in: a method that does not fit leaves the model as it was
+        made = [(target, self.insert(loaded.model, target, seed)) for target in self.places(loaded)]
+        adapter = Adapter(name, self, loaded)
+        for target, insert in made:
+            adapter.add(target, insert)
+        return adapter.close()
+
+    def places(self, loaded: Loaded) -> list[Target]:
+        """Where it acts, in the order of the model. Raises ConfigError where that is nowhere."""
+        raise NotImplementedError
+
+    def insert(self, model: nn.Module, target: Target, seed: int = 0) -> Insert:
+        """Fresh parameters for a place, float32 on the device of the module that is there."""
         raise NotImplementedError
 
     def check(self, config: dict[str, Any]) -> None:

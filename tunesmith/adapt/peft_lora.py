@@ -100,7 +100,7 @@ def read(
 def _attach(loaded: Loaded, settings: Mapping[str, Any], tensors: Iterable[str], name: str, where: str) -> Adapter:
     from tunesmith.adapt.adapter import Adapter
 
-    maps = {path: module for path, module in loaded.model.named_modules() if port_kind(module)}
+    maps = {path: m for path, m in loaded.model.named_modules() if port_kind(m) not in (None, "norm")}
     chosen = _chosen(settings, maps, loaded.model, where) or _named(tensors, maps)
     table = placed(loaded.family, maps, loaded.model)
     try:
@@ -243,7 +243,7 @@ def _without_base(model: nn.Module, tensors: dict[str, Tensor], where: str) -> d
             module = model.get_submodule(owner.removesuffix(".base_layer"))
         except AttributeError:
             module = None
-        base = module._parameters.get(leaf) if module is not None and port_kind(module) else None
+        base = module._parameters.get(leaf) if module is not None and port_kind(module) not in (None, "norm") else None
         if base is None:
             kept[key] = tensor
         elif base.shape != tensor.shape or not torch.equal(base.detach().cpu().float(), tensor.float()):

@@ -1,4 +1,4 @@
-"""Ports: what takes the place of a linear map or an embedding so that inserts can act beside it.
+"""Ports: what takes the place of a linear map, an embedding or a norm so that inserts can act beside it.
 
 The one idea: a port *shares* the parameter and buffer tables of the module it stands for. Base weights keep their
 names, tied weights stay tied, whatever replaces a parameter replaces it in both, and taking the port away gives back
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from tunesmith.core.errors import AdapterError
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     from tunesmith.models.targets import Rows, Target
 
 INSERTS = "inserts"
+_NORMS = ("LayerNorm", "RMSNorm")
 
-PortKind = Literal["linear", "conv1d", "embedding"]
+PortKind = Literal["linear", "conv1d", "embedding", "norm"]
 
 
 class Acts(Protocol):
@@ -45,7 +47,10 @@ class Insert(nn.Module):
         method: answers `delta`; not a module, never saved.
         rows: the output features it adds to; None for all of them.
         scale: factor of the delta.
+        port: where it acts, from the moment it is put there; for methods that need the base at hand.
     """
+
+    port: Port
 
     def __init__(self, method: Acts, parameters: dict[str, nn.Parameter], rows: Rows | None, scale: float) -> None:
         super().__init__()
@@ -57,6 +62,26 @@ class Insert(nn.Module):
         parameter = self._parameters[name]
         assert parameter is not None
         return parameter
+
+    def mapped(self, x: Tensor) -> Tensor:
+        """What the base map itself makes of x, without its bias: [..., output features of the role].
+
+        W (x * l) for a method that scales what goes in: its delta is `insert.mapped(x * (l - 1))`.
+        """
+        weight = self.port.base.weight
+        out = x @ weight if port_kind(self.port) == "conv1d" else nn.functional.linear(x, weight)  # type: ignore[arg-type,operator]
+        return out if self.rows is None else gathered(out, self.rows)
+
+    def rerun(self, x: Tensor, **changes: Tensor) -> Tensor:
+        """What the base module makes of x with `changes` added to its parameters, by name (`weight`, `bias`).
+
+        The parameters themselves stay as they are; a change may have another dtype than its parameter. This is how
+        a norm's gain is changed without dividing by the old one, whatever form the family gives it.
+        """
+        base = self.port.base
+        changed = {name: getattr(base, name) + change for name, change in changes.items()}
+        out: Tensor = torch.func.functional_call(base, changed, (x,))
+        return out
 
     def added(self, x: Tensor, y: Tensor, factor: Tensor | None = None) -> Tensor:
         """The output with this insert's delta in it."""
@@ -136,6 +161,7 @@ class Port(nn.Module):
         if adapter not in self.inserts:
             self.inserts.put(adapter, Named())
         self.inserts[adapter].put(role, insert)  # type: ignore[operator]
+        insert.__dict__["port"] = self  # not as a submodule: it is what holds the insert
         self.inserts.train(self.training)  # new modules train by default: dropout would act in evaluation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -158,6 +184,10 @@ class EmbeddingPort(Port):
     """A port at an embedding. What its inserts add is scaled as the embedding scales its own rows (gemma)."""
 
 
+class NormPort(Port):
+    """A port at a normalisation (LayerNorm, or a family's RMSNorm) that has a gain of its own."""
+
+
 def port_kind(module: nn.Module) -> PortKind | None:
     """What kind of port fits a module; None where none does. A port counts as what it stands for."""
     if isinstance(module, Port):
@@ -167,7 +197,10 @@ def port_kind(module: nn.Module) -> PortKind | None:
     if isinstance(module, nn.Embedding):
         return "embedding"
     name = type(module)
-    return "conv1d" if name.__name__ == "Conv1D" and name.__module__ == "transformers.pytorch_utils" else None
+    if name.__name__ == "Conv1D" and name.__module__ == "transformers.pytorch_utils":
+        return "conv1d"
+    # transformers gives each family a class of its own; without a gain there is nothing to change
+    return "norm" if name.__name__.endswith(_NORMS) and module._parameters.get("weight") is not None else None
 
 
 def attached_to(model: nn.Module) -> Attached:
@@ -185,8 +218,8 @@ def install(model: nn.Module, target: Target) -> Port:
         return module
     kind = port_kind(module)
     if kind is None:
-        raise AdapterError(f"{target.path} is a {type(module).__name__}, neither a linear map nor an embedding")
-    port = (EmbeddingPort if kind == "embedding" else LinearPort)(module, target.path, attached_to(model))
+        raise AdapterError(f"{target.path} is a {type(module).__name__}, neither a linear map, an embedding nor a norm")
+    port = {"embedding": EmbeddingPort, "norm": NormPort}.get(kind, LinearPort)(module, target.path, attached_to(model))
     _replace(model, target.path, port)
     return port
 

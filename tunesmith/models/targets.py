@@ -81,18 +81,20 @@ def check_targets(config: Any, targets: Iterable[str], where: str = "method.targ
 
 
 def match(model: nn.Module, family: Family, targets: Iterable[str], where: str = "method.targets") -> list[Target]:
-    """The linear maps and embeddings that targets name, in the order of the model, each once.
+    """The linear maps, embeddings and norms that targets name, in the order of the model, each once.
 
     A target is a role, a suffix of module names (`q_proj`, `layers.3.mlp.up_proj`) or a regex for whole names.
-    `attn` and `mlp` are all linear maps of that sublayer.
+    `attn` and `mlp` are all linear maps of that sublayer; norms are meant by their role alone, never by a name.
 
     Raises:
         ConfigError: a target matches nothing, or names something that is neither a linear map nor an embedding.
     """
     from tunesmith.models.ports import port_kind
 
-    maps = {path: module for path, module in model.named_modules() if port_kind(module)}
+    places = {path: port_kind(module) for path, module in model.named_modules()}
+    maps = {path: model.get_submodule(path) for path, kind in places.items() if kind not in (None, "norm")}
     table = placed(family, maps, model)
+    table |= {path: [Target(path, "norm")] for path in norm_paths(model, family) if places[path] == "norm"}
     found: dict[str, dict[str, Target]] = {}
     for target in targets:
         hits = _role_hits(table, family, target) if target in family.roles else _name_hits(table, maps, target, where)
@@ -100,7 +102,7 @@ def match(model: nn.Module, family: Family, targets: Iterable[str], where: str =
             raise nothing(target, family, where)
         for hit in hits:
             found.setdefault(hit.path, {})[hit.role] = hit
-    return [hit for path in maps for hit in _whole_or_parts(found.get(path, {}))]
+    return [hit for path in places for hit in _whole_or_parts(found.get(path, {}))]
 
 
 def placed(family: Family, maps: Mapping[str, Any], model: nn.Module) -> dict[str, list[Target]]:
@@ -132,6 +134,34 @@ def block_paths(model: nn.Module, family: Family) -> list[str]:
     return [path for path, _ in model.named_modules() if block and block.fullmatch(path)]
 
 
+def linear_maps(model: nn.Module, family: Family) -> list[Target]:
+    """Every linear map within blocks, fused ones whole, whether it has a role or not.
+
+    Raises:
+        ConfigError: there is none that is known.
+    """
+    from tunesmith.models.ports import port_kind
+
+    blocks = tuple(f"{block}." for block in block_paths(model, family))
+    paths = [path for path, module in model.named_modules() if port_kind(module) in ("linear", "conv1d")]
+    inside = [Target(path, path.rpartition(".")[2]) for path in paths if path.startswith(blocks)]
+    if not inside:
+        raise ConfigError(f"the blocks of {family.name} are not known", where="method.kind", hint="lora names modules")
+    return inside
+
+
+def norms(model: nn.Module, family: Family) -> list[Target]:
+    """Every norm, within blocks and after them."""
+    return [Target(path, "norm") for path in norm_paths(model, family)]
+
+
+def block_number(family: Family, path: str) -> int:
+    """How many blocks of its side of the model lie below the one that a module is in; -1 for one outside."""
+    ends = "|".join(map(re.escape, family.blocks))
+    found = re.match(rf"(?:.*\.)?(?:{ends})\.(\d+)(?:\.|$)", path) if ends else None
+    return int(found.group(1)) if found else -1
+
+
 def norm_paths(model: nn.Module, family: Family) -> list[str]:
     """Names of the normalisation modules, within blocks and after them."""
     blocks = block_paths(model, family)
@@ -150,6 +180,13 @@ def output_features(module: nn.Module) -> int:
     from tunesmith.models.ports import port_kind
 
     return int(module.weight.shape[0 if port_kind(module) == "linear" else 1])  # type: ignore[index,union-attr]
+
+
+def input_features(module: nn.Module) -> int:
+    """Input features of a linear map, rows of an embedding."""
+    from tunesmith.models.ports import port_kind
+
+    return int(module.weight.shape[1 if port_kind(module) == "linear" else 0])  # type: ignore[index,union-attr]
 
 
 def nothing(target: str, family: Family, where: str) -> ConfigError:

@@ -36,7 +36,16 @@ def guess(name: str, kind: Kind, model: nn.Module) -> Family:
         names = tuple(sorted(path for path in inner if path.rpartition(".")[2] in leaves))
         if names:
             inside[role] = names
-    return Family(name, kind, blocks, inside, _ends(model))
+    norms = [path for path, module in model.named_modules() if type(module).__name__.endswith(("LayerNorm", "RMSNorm"))]
+    within = tuple(sorted({path[len(blocks[0]) :].split(".", 2)[2] for path in norms if _within(path, blocks)}))
+    outside = tuple(path for path in norms if not _within(path, blocks))
+    return Family(
+        name,
+        kind,
+        blocks,
+        inside | ({"norm": within} if within else {}),
+        _ends(model) | ({"norm": outside} if outside else {}),
+    )
 
 
 def _ends(model: nn.Module) -> dict[str, tuple[str, ...]]:
