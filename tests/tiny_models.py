@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from tunesmith.adapt.adapter import Adapter
+from tunesmith.core.problem import Problem
 from tunesmith.core.types import Batch
 from tunesmith.models.families import FAMILIES, Family, family_of
 
@@ -87,6 +88,7 @@ class TinyLoaded:
     family: Family
     fingerprint: str
     config: Any
+    predicts: Problem | None = None
 
 
 def tiny_config(family: str, **changes: Any) -> Any:

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from tunesmith.core.errors import AdapterError
+from tunesmith.models.copies import base_parameter, copies, drop_copies, put_copy
+from tunesmith.models.heads import PREFIX, attach_head
 from tunesmith.models.ports import attached_to, freeze, install, ports, remove
 from tunesmith.models.route import BASE, Route
 
 if TYPE_CHECKING:
     from tunesmith.adapt.method import Method
+    from tunesmith.models.heads import Head
     from tunesmith.models.load import Loaded
     from tunesmith.models.ports import Insert, Port
     from tunesmith.models.targets import Target
@@ -32,7 +35,10 @@ class Adapter:
         name: unique on the model.
         method: the section that made it.
         loaded: the model it is on.
-        replaced: base parameters that it trains copies of: path to the parameter that was there.
+        trained: base parameters that it trains, or its copies of them, by path.
+        replaced: the base's own parameter at every place where it has a copy.
+        lr_factors: parameters that learn at another rate: name to what the learning rate is multiplied by.
+        head: its prediction head, where the model is to predict.
     """
 
     def __init__(self, name: str, method: Method, loaded: Loaded) -> None:
@@ -45,7 +51,11 @@ class Adapter:
         self.name, self.method, self.loaded = name, method, loaded
         self.trained: dict[str, nn.Parameter] = {}
         self.replaced: dict[str, nn.Parameter] = {}
+        self.head: Head | None = None
+        self.lr_factors: dict[str, float] = {}
         freeze(loaded.model)
+        for copy in copies(loaded.model):
+            copy.requires_grad_(True)  # another adapter's, as its inserts are left alone
 
     # what it is made of
 
@@ -53,14 +63,17 @@ class Adapter:
         """Puts an insert at a target."""
         install(self.loaded.model, target).put(self.name, target.role, insert)
 
-    def train_copy(self, path: str) -> None:
-        """Trains a base parameter through a copy that takes its place, so that `detach` can give it back."""
-        owner, _, leaf = path.rpartition(".")
-        module = self.loaded.model.get_submodule(owner)
-        old = module._parameters[leaf]
+    def train_copy(self, *paths: str) -> None:
+        """Trains a base parameter through a copy that takes its place on this adapter's route.
+
+        A weight that the base shares between places is untied: the copy stands at the paths given and the base's own
+        weight at the others. Several paths, which share one parameter, share one copy.
+        """
+        module = self.loaded.model.get_submodule(paths[0].rpartition(".")[0])
+        old = base_parameter(module, paths[0].rpartition(".")[2])
         assert old is not None
-        self.replaced[path] = old
-        module._parameters[leaf] = self.trained[path] = nn.Parameter(old.detach().clone())
+        copy = self.trained[paths[0]] = nn.Parameter(old.detach().clone())
+        self.replaced |= put_copy(self.loaded.model, self.name, paths, copy)
 
     def train_in_place(self) -> None:
         """Trains every parameter of the model itself."""
@@ -69,8 +82,9 @@ class Adapter:
             self.trained[path] = parameter
 
     def close(self) -> Adapter:
-        """Makes the adapter known to the model; the last step of attaching."""
-        if self.inserts():
+        """Makes the adapter known to the model, with a prediction head where it is to have one; the last step."""
+        self.head = attach_head(self.loaded, self.name)
+        if self._is_routed():
             attached_to(self.loaded.model).names.append(self.name)
         return self
 
@@ -88,6 +102,14 @@ class Adapter:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """Everything that trains, by name, sorted; each tensor once."""
+        found = self.changes
+        if self.head is not None:
+            found |= {PREFIX + name: value for name, value in self.head.named_parameters()}
+        return dict(sorted(found.items()))
+
+    @property
+    def changes(self) -> dict[str, nn.Parameter]:
+        """The same without the prediction head."""
         found = dict(self.trained)
         for port, role, insert in self.inserts():
             found |= {f"{port.path}.{role}.{name}": value for name, value in insert.named_parameters()}
@@ -95,8 +117,8 @@ class Adapter:
 
     @property
     def route(self) -> Route:
-        """The route on which it acts: itself, or the base for a method without inserts."""
-        return Route((self.name,)) if self.inserts() else BASE
+        """The route on which it acts: itself, or the base for a method that changes the model itself."""
+        return Route((self.name,)) if self._is_routed() else BASE
 
     def detach(self) -> None:
         """Takes it off; the base model is, module for module and bit for bit, what it was.
@@ -107,13 +129,19 @@ class Adapter:
         model = self.loaded.model
         if attached_to(model).merged:
             raise AdapterError(f"{self.name} is merged into the weights", hint="unmerge first")
-        if len(self.trained) != len(self.replaced):
+        if self._is_in_place():
             raise AdapterError(f"{self.method.kind} has changed the model itself", hint="load the base again")
         remove(model, self.name)
-        for path, old in self.replaced.items():
-            owner, _, leaf = path.rpartition(".")
-            model.get_submodule(owner)._parameters[leaf] = old
-        self.trained, self.replaced = {}, {}
+        attached_to(model).heads.pop(self.name, None)
+        drop_copies(model, self.name)
+        self.trained, self.replaced, self.head = {}, {}, None
+
+    def _is_routed(self) -> bool:
+        # a head over the untouched base is an adapter like any other: rows of a batch may have different ones
+        return not self._is_in_place() and bool(self.inserts() or self.replaced or self.head is not None)
+
+    def _is_in_place(self) -> bool:
+        return not self.trained.keys() <= self.replaced.keys()
 
     def save(self, folder: Path | str) -> Path:
         """Writes `adapter/` or `model/` within a run folder and answers which."""

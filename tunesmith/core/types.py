@@ -27,6 +27,10 @@ class Batch:
         sources: int64 [supervised], ascending: index of the token whose hidden state predicts the target.
         targets: int64 [supervised]: the token after each source, in the same document.
         rows: where each document came from, for messages.
+        labels: what is to be predicted, where a head predicts: int64 [documents], float32 [documents], or int64
+            [labelled tokens]; in the last case `sources` are the very tokens that have a label.
+        types: int64 [tokens], which of two texts a token is of, for tokenizers that say so.
+        prompts: tokens of each document before its first supervised one, where they are known without looking.
     """
 
     ids: Tensor
@@ -35,11 +39,14 @@ class Batch:
     sources: Tensor
     targets: Tensor
     rows: tuple[str, ...]
+    labels: Tensor | None = None
+    types: Tensor | None = None
+    prompts: tuple[int, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        moved = {name: getattr(self, name).to(device) for name in ("ids", "positions", "sources", "targets")}
-        return replace(self, **moved)
+        moved = {name: getattr(self, name) for name in ("ids", "positions", "sources", "targets", "labels", "types")}
+        return replace(self, **{name: tensor.to(device) for name, tensor in moved.items() if tensor is not None})
 
 
 @dataclass(frozen=True)

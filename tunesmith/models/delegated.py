@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from tunesmith.core.rng import seed_for
-from tunesmith.models.families import setting
+from tunesmith.models.seq2seq import end_ids, start_id
 
 
 class Delegate:
@@ -25,8 +25,7 @@ class Delegate:
         self.sampled = temperature > 0
         self.encoder = bool(model.config.is_encoder_decoder)
         drawing = {"temperature": temperature, "top_p": top_p, "top_k": 0} if self.sampled else {}
-        own = getattr(model, "generation_config", None)
-        start = setting(own, "decoder_start_token_id") or setting(model.config, "decoder_start_token_id")
+        self.end = end_ids(model.config) if self.encoder else []
         self.settings = GenerationConfig(
             max_new_tokens=limit,
             do_sample=self.sampled,
@@ -35,7 +34,7 @@ class Delegate:
             no_repeat_ngram_size=0,
             eos_token_id=sorted(stops) or -1,
             pad_token_id=0,
-            decoder_start_token_id=0 if start is None else start,
+            decoder_start_token_id=start_id(model),
             **drawing,
         )
 
@@ -47,7 +46,8 @@ class Delegate:
 
     def write(self, prompts: list[list[int]], numbers: list[int]) -> list[list[int]]:
         """The tokens after each prompt; a stop token, where there is one, is the last."""
-        ids, seen = _padded(prompts, self.model.device)
+        # an encoder reads an end token, in training as here
+        ids, seen = _padded([prompt + self.end for prompt in prompts], self.model.device)
         with torch.random.fork_rng(enabled=self.sampled):
             if self.sampled:
                 torch.manual_seed(seed_for(self.seed, "sampling", *numbers))

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from tunesmith.core.errors import ModelError, ResourceError, TunesmithError
+from tunesmith.core.problem import Problem
 from tunesmith.models import attention
 from tunesmith.models.families import Family, family_of
 from tunesmith.models.folder import fingerprint, validate_folder
@@ -55,6 +56,7 @@ class Loaded:
         name: as the user named it.
         family: its role table.
         config: the transformers config, `model.config`.
+        predicts: what the next adapter has a prediction head for; None where it has none.
     """
 
     model: PreTrainedModel
@@ -62,6 +64,7 @@ class Loaded:
     name: str
     family: Family
     config: PreTrainedConfig
+    predicts: Problem | None = None
 
     @cached_property
     def fingerprint(self) -> str:

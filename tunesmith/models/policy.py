@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.core.errors import ConfigError
-from tunesmith.models import attention
+from tunesmith.models import attention, seq2seq
 from tunesmith.models.cross_entropy import Shaping, fused_losses, plain_losses, wide
 from tunesmith.models.families import setting
 from tunesmith.models.ports import Port
 from tunesmith.models.recompute import keep, recompute
 from tunesmith.models.route import BASE, Route, Segments
+from tunesmith.models.scores import scores
 from tunesmith.models.targets import block_paths
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ class Policy:
         Raises:
             ConfigError: the model does not generate text from left to right.
         """
+        if self.family.kind == "seq2seq":
+            return seq2seq.token_losses(self, batch)
         self._needs_decoder()
         if not self.family.head:
             logits = self._own_logits(batch)[batch.sources]
@@ -90,6 +93,10 @@ class Policy:
             output = self.model.base_model(**inputs)
         states: Tensor = output.last_hidden_state
         return states[0] if self.packed else states[_places(batch)]
+
+    def scores(self, batch: Batch) -> Tensor:
+        """What prediction heads say of each document, or each labelled token; see `scores.scores`."""
+        return scores(self, batch)
 
     def logits(self, batch: Batch, index: Tensor) -> Tensor:
         """Logits after some tokens: `index` int64 [n] into `batch.ids`; float32 [n, vocabulary]."""

@@ -79,10 +79,12 @@ class Attached:
         names: in the order in which they were attached.
         merged: those whose deltas are in the weights now.
         restore: puts the weights back that merging replaced.
+        heads: the prediction head (`heads.Head`) of each adapter that has one.
     """
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self.heads: dict[str, Any] = {}
         self.merged: tuple[str, ...] = ()
         self.restore: Callable[[], None] | None = None
 

@@ -13,6 +13,7 @@ from tunesmith.core.section import Section
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tunesmith.core.problem import ProblemKind
     from tunesmith.core.types import Batch, Mean
 
 
@@ -21,6 +22,10 @@ class Policy(Protocol):
 
     def token_losses(self, batch: Batch) -> Tensor:
         """Negative log-likelihood of each target, float32 [supervised], differentiable."""
+        ...
+
+    def scores(self, batch: Batch) -> Tensor:
+        """What a prediction head says, float32 [documents or labelled words, outputs], differentiable."""
         ...
 
 
@@ -32,6 +37,11 @@ class Objective(Section):
     """
 
     kind: str
+
+    @property
+    def predicts(self) -> ProblemKind | None:
+        """The kind of prediction head that it trains; None for objectives over text."""
+        return None
 
     def weight(self, batch: Batch) -> float:
         """Units in a batch, from the data alone: tokens, pairs, actions. 0 means that it teaches nothing."""

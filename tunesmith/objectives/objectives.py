@@ -6,5 +6,8 @@ from tunesmith.core.registry import Registry
 
 OBJECTIVES = Registry(
     "objective",
-    {"sft": ("tunesmith.objectives.sft:SFT", "supervised: learn to write the completion, token by token")},
+    {
+        "sft": ("tunesmith.objectives.sft:SFT", "supervised: learn to write the completion, token by token"),
+        "predict": ("tunesmith.objectives.predict:Predict", "a head that classifies, gives a number, or labels words"),
+    },
 )
