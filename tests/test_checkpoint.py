@@ -85,8 +85,6 @@ def test_a_damaged_file_makes_the_checkpoint_absent(two, file, damage):
         path.unlink()
     elif damage == "of another step":
         shutil.copy(two.path(1) / file, path)
-        if path.read_bytes() == (two.path(1) / WEIGHTS).read_bytes():
-            pytest.skip("the same bytes")
     else:
         path.write_bytes(path.read_bytes()[: 0 if damage == "empty" else -1])
     assert two.newest().state.step == 1

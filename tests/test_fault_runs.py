@@ -13,74 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from fault_cases import alpaca, config, run_here, tree
-from safetensors.torch import load_file, save_file
-from tiny_folders import tiny_folder
-from tiny_models import tiny_model
+from fault_asking import WHOLE, ask, edit_json
+from fault_cases import alpaca, config, tree
 
 from tunesmith.core.files import FolderLock
 from tunesmith.core.yaml import read_yaml_text
 
-WHOLE = "run/adapter/adapter_model.safetensors"
 NEWEST = "run/checkpoints/step-000004"
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which nothing is wrong."""
-    folder = tmp_path_factory.mktemp("good")
-    tiny_folder(folder / "model")
-    (folder / "train.jsonl").write_text("\n".join(alpaca(24)) + "\n")
-    (folder / "eval.jsonl").write_text("\n".join(alpaca(4, 100)) + "\n")
-    (folder / "c.yaml").write_text(config())
-    return folder
-
-
-@pytest.fixture(scope="module")
-def finished(good: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with a finished run."""
-    folder = Path(shutil.copytree(good, tmp_path_factory.mktemp("finished") / "work"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TUNESMITH_CACHE", str(cache))
-        patch.chdir(folder)
-        assert run_here("tune c.yaml")["code"] == 0
-    return folder
-
-
-@pytest.fixture
-def begin(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
-    """Copies a folder and goes there."""
-    monkeypatch.setenv("TUNESMITH_CACHE", str(cache))
-
-    def copy(source: Path) -> Path:
-        folder = Path(shutil.copytree(source, tmp_path / "work"))
-        monkeypatch.chdir(folder)
-        return folder
-
-    return copy
-
-
-def ask(line: str, code: int, *words: str) -> dict[str, Any]:
-    """Runs the program here and checks its exit code, its words and that it has no trace."""
-    answer = run_here(line)
-    told = answer["out"] + answer["err"]
-    assert answer["code"] == code, told
-    for word in words:
-        assert word in told, told
-    assert "Traceback" not in told
-    assert "bug in tunesmith" not in told
-    assert code == 0 or [part.startswith("error: ") for part in answer["err"].splitlines()].count(True) == 1
-    return answer
-
-
-def edit_json(path: Path, **entries: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
 def unfinish(folder: Path) -> None:
@@ -264,106 +203,6 @@ def test_a_lost_or_broken_file_of_a_run_does_not_stop_it(
     ask("tune c.yaml --resume", 0)
     assert (folder / WHOLE).read_bytes() == expected
     assert (folder / "run/eval.json").read_bytes() == table
-
-
-# models and adapters whose weights tell
-
-
-def change_tensors(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    tensors = load_file(path)
-    edit(tensors)
-    save_file(tensors, path, {"format": "pt"})
-
-
-def poison(tensors: dict[str, Any]) -> None:
-    tensors["model.layers.1.mlp.up_proj.weight"][2, 3] = float("nan")
-
-
-def drop(tensors: dict[str, Any]) -> None:
-    tensors.pop("model.layers.0.input_layernorm.weight")
-
-
-UNFIT: dict[str, tuple[Callable[[Path], object], str, int, tuple[str, ...]]] = {
-    "NaN in the weights": (
-        lambda f: change_tensors(f / "model/model.safetensors", poison), "", 4, ("NaN", "layers.1.mlp.up_proj")
-    ),
-    "a tensor is missing": (
-        lambda f: change_tensors(f / "model/model.safetensors", drop), "", 4, ("missing: model.layers.0.input_layer",)
-    ),
-    "a rank above the maps": (lambda f: None, "method.rank=33", 2, ("method.rank", "33", "at most")),
-    "an enormous rank": (lambda f: None, "method.rank=1000000000", 2, ("method.rank", "at most")),
-    "a regex that matches nothing": (lambda f: None, '"method.targets=[\'.*x9\']"', 2, ("method.targets",)),
-    "more layers than there are": (
-        lambda f: None, "'method={kind: top_layers, layers: 9}'", 2, ("method.layers", "9", "2")
-    ),
-    "a metric without its program": (
-        lambda f: os.environ.update(PATH="/nowhere"), "'evaluate.metrics=[meteor]'", 2, ("meteor",)
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", UNFIT)
-def test_what_only_the_model_can_tell_leaves_no_run_behind(
-    begin: Any, good: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Kills: a run folder that stays after a mistake, so that the mended configuration is refused."""
-    change, overrides, code, words = UNFIT[name]
-    folder = begin(good)
-    monkeypatch.setenv("PATH", os.environ["PATH"])
-    change(folder)
-    before = tree(folder)
-    ask(f"tune c.yaml {overrides}", code, *words)
-    left = set(tree(folder)) - set(before)
-    assert left <= {"run", "run/.lock"}
-    ask("tune c.yaml --resume", 4, "nothing to resume")
-
-
-def grow(tensors: dict[str, Any]) -> None:
-    for name in tensors:
-        if "lora_A" in name:
-            tensors[name] = torch.cat([tensors[name]] * 2)
-
-
-def rename(tensors: dict[str, Any]) -> None:
-    for name in list(tensors):
-        tensors[name.replace("q_proj", "w_proj")] = tensors.pop(name)
-
-
-def another_base(folder: Path) -> None:
-    tiny_model("llama", seed=5, vocab_size=400).save_pretrained(folder / "model")
-    edit_json(folder / "run/adapter/adapter_config.json", base_model_name_or_path=str(folder / "model"))
-
-
-ADAPTERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "another base": (another_base, ("another base model", "fingerprint")),
-    "another rank": (lambda f: change_tensors(f / WHOLE, grow), ("lora_A", "[4, 32] instead of [2, 32]")),
-    "other names": (lambda f: change_tensors(f / WHOLE, rename), ("missing", "unexpected", "q_proj", "w_proj")),
-    "cut off": (lambda f: (f / WHOLE).write_bytes((f / WHOLE).read_bytes()[:200]), ("damaged", WHOLE)),
-    "no tensors": (lambda f: (f / WHOLE).unlink(), ("missing", WHOLE)),
-    "a pickle": (lambda f: (f / WHOLE).rename((f / WHOLE).with_suffix(".bin")), ("missing", "pickle", "safetensors")),
-    "config is no JSON": (
-        lambda f: (f / "run/adapter/adapter_config.json").write_text("{"), ("adapter_config.json", "not valid JSON")
-    ),
-    "config is a list": (lambda f: (f / "run/adapter/adapter_config.json").write_text("[]"), ("adapter_config.json",)),
-    "NaN": (
-        lambda f: change_tensors(f / WHOLE, lambda t: [v.fill_(float("nan")) for v in t.values()]), ("NaN", WHOLE)
-    ),
-    "unknown method": (
-        lambda f: edit_json(f / "run/adapter/adapter_config.json", peft_type="VERA", tunesmith_method=None),
-        ("VERA", "adapter_config.json"),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_an_adapter_that_does_not_fit_is_refused(begin: Any, finished: Path, name: str) -> None:
-    """Kills: loading an adapter of another model, rank or name in part, or with fresh numbers instead."""
-    change, words = ADAPTERS[name]
-    folder = begin(finished)
-    change(folder)
-    ask("generate run --prompt x --max-tokens 2", 4, *words)
-    ask("export run out --to merged", 4)
-    assert not (folder / "out").exists()
 
 
 def test_a_run_is_used_from_any_folder(begin: Any, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

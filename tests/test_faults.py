@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_cases import CASES, alpaca, config
-from tiny_folders import tiny_folder
+from fault_cases import CASES
 
 HERE = Path(__file__).parent
 
@@ -22,17 +21,6 @@ def environment(folder: Path) -> dict[str, str]:
         **os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "TUNESMITH_CACHE": str(folder),
         "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "80",
     }  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which nothing is wrong."""
-    folder = tmp_path_factory.mktemp("good")
-    tiny_folder(folder / "model")
-    (folder / "train.jsonl").write_text("\n".join(alpaca(24)) + "\n")
-    (folder / "eval.jsonl").write_text("\n".join(alpaca(4, 100)) + "\n")
-    (folder / "c.yaml").write_text(config())
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """A step is the same step however its rows share micro-batches: packed, padded or one by one, in a real architecture.
 
-How rows are cut is tested with a toy model in `test_trainer`; here it is attention and positions that must not tell.
+How rows are cut is tested with a toy model in `test_step`; here it is attention and positions that must not tell.
 Gradients are compared as one vector, relative to its norm: a small tensor among them whose sums cancel shows the
 order of float32 additions only. In float64 that noise is gone, and the bound is 1e-12.
 """
