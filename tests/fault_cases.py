@@ -324,12 +324,16 @@ MODEL: dict[str, Case] = {
     ),
     "an adapter for a model": model(to_adapter, "model", "an adapter, not a model", "some/base"),
     "a weights file": plain("model.safetensors", "folder", code=4, model="model/model.safetensors"),
+    "an encoder that should write": Case(
+        lambda f: edit_json(f / "model/config.json", model_type="bert"),
+        ("c.yaml: objective", "sft learns to write text, and bert is an encoder", "predict"), 2,
+    ),
     "rows beyond the positions": Case(
         two(
             lambda f: edit_json(f / "model/config.json", model_type="gpt2", n_positions=30),
             lambda f: edit_json(f / "model/config.json", max_position_embeddings=30),
         ),
-        ("data.train", "38 tokens", "30 positions", "data.max_length"), 2,
+        ("c.yaml: data.train", "38 tokens", "30 positions", "data.max_length"), 2,
     ),
     "an endless template": model(
         put("chat_template.jinja", "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}"),

@@ -25,10 +25,37 @@ def test_a_calibration_is_measured_once_and_then_read(tmp_path):
     assert min(first.flops_per_second, first.bytes_per_second, first.operation_seconds) > 0
 
 
-def test_a_damaged_calibration_is_measured_again(tmp_path):
-    (tmp_path / "calibration.json").write_text('{"half": ')
+DAMAGES = ["12", '"fast"', "[1, 2, 3]", "{}", '{"flops_per_second": 1}', '{"flops_per_second": "1", "x": 2}', "null"]
+WRONG = '{"flops_per_second": %s, "bytes_per_second": 1e9, "operation_seconds": 1e-6}'
+
+
+@pytest.mark.parametrize("entry", [*DAMAGES, *(WRONG % value for value in ('"1e9"', "true", "null", "0", "-1"))])
+def test_a_damaged_calibration_is_measured_again(tmp_path, entry):
+    """Kills: trusting what a file holds because its key is right."""
     shape = read_shape(small_config("llama").to_dict())
-    assert calibrate(shape, 64, seconds=0.05, folder=tmp_path).flops_per_second > 0
+    first = calibrate(shape, 64, seconds=0.05, folder=tmp_path)
+    file = tmp_path / "calibration.json"
+    (key,) = json.loads(file.read_text())
+    file.write_text(f"{{{json.dumps(key)}: {entry}}}")
+    again = calibrate(shape, 64, seconds=0.05, folder=tmp_path)
+    assert min(again.flops_per_second, again.bytes_per_second, again.operation_seconds) > 0
+    assert set(json.loads(file.read_text())[key]) == set(vars(first))
+
+
+@pytest.mark.parametrize("content", [b'{"half": ', b"[]", b"\xff\xfe", b""])
+def test_a_calibration_file_that_cannot_be_read_is_written_anew(tmp_path, content):
+    (tmp_path / "calibration.json").write_bytes(content)
+    shape = read_shape(small_config("llama").to_dict())
+    found = calibrate(shape, 64, seconds=0.05, folder=tmp_path)
+    assert calibrate(shape, 64, seconds=0.05, folder=tmp_path) == found
+
+
+def test_a_cache_that_cannot_be_written_stops_no_run(tmp_path, caplog):
+    """Kills: a run that needs a place for what only saves it a second."""
+    (tmp_path / "file").write_text("")
+    shape = read_shape(small_config("llama").to_dict())
+    assert calibrate(shape, 64, seconds=0.05, folder=tmp_path / "file" / "cache").flops_per_second > 0
+    assert caplog.text.count("the speed of this machine is not kept") == len(caplog.records) == 1
 
 
 WORK = Workload(steps=10, tokens=1280, lengths=(128,), supervised_share=0.5)

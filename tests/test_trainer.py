@@ -79,6 +79,14 @@ def test_a_number_that_is_not_finite_ends_the_run_before_anything_changes(tmp_pa
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
 
 
+def test_a_run_that_diverges_before_its_first_checkpoint_says_that_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr("tiny_training.SFT", Spiking)
+    calls[:] = [0, 1]
+    with pytest.raises(DivergedError) as caught:
+        run(tmp_path, settings(save_every=5, micro_batch_rows=5))
+    assert caught.value.hint.endswith("; nothing was saved yet")
+
+
 def test_evaluating_more_often_changes_no_byte(tmp_path):
     """Kills: an evaluation that draws from the training's random numbers or leaves the model in another mode."""
     ends = []

@@ -6,6 +6,8 @@ Nothing in this file or below it imports torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,6 +96,17 @@ def build_config(raw: dict[str, Any], where: str = "config") -> Config:
         problems.add(problem)
     problems.raise_if_any()
     return config
+
+
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Puts the file in front of a key that is found wrong in the block, as errors of reading it have it."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.where.replace(":", ".").partition(".")[0] in Config.model_fields:
+            error.where = f"{path}: {error.where}"
+        raise
 
 
 def registry_default(name: str) -> Any:

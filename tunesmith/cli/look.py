@@ -25,10 +25,12 @@ def check(
 
     What the model learns to write is marked; control tokens are dim. Weights are not loaded.
     """
-    from tunesmith.config import load_config
+    from tunesmith.config import load_config, naming
     from tunesmith.run.prepare import prepare
 
-    prepared = prepare(load_config(config, overrides))
+    wanted = load_config(config, overrides)
+    with naming(config):
+        prepared = prepare(wanted)
     if as_json:
         from tunesmith.cli.main import print_json
 
@@ -60,11 +62,13 @@ def _show_rows(dataset: Any, rows: int) -> None:
 
 def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Say before anything is paid what CONFIG needs: parameters, memory, steps, tokens, FLOPs, time."""
-    from tunesmith.config import load_config
+    from tunesmith.config import load_config, naming
     from tunesmith.run.planning import plan_run
     from tunesmith.run.prepare import prepare
 
-    made = plan_run(prepare(load_config(config, overrides)))
+    wanted = load_config(config, overrides)
+    with naming(config):
+        made = plan_run(prepare(wanted))
     if as_json:
         from tunesmith.cli.main import print_json
 

@@ -22,7 +22,9 @@ def tune(
     ] = False,
 ) -> None:
     """Train: adapt the model as CONFIG says, judge it before and after, write the run folder and its report."""
-    from tunesmith.config import load_config
+    from tunesmith.config import load_config, naming
     from tunesmith.run import run
 
-    run(load_config(config, overrides), resume=resume)
+    wanted = load_config(config, overrides)
+    with naming(config):
+        run(wanted, resume=resume)

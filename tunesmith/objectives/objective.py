@@ -6,7 +6,7 @@ cutting a step differently cannot change its loss. One objective a file; the tab
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tunesmith.core.section import Section
 
@@ -42,6 +42,9 @@ class Objective(Section):
     def predicts(self) -> ProblemKind | None:
         """The kind of prediction head that it trains; None for objectives over text."""
         return None
+
+    def check(self, config: dict[str, Any]) -> None:
+        """Finds a model that this cannot train, from its config.json alone, without torch. Raises ConfigError."""
 
     def weight(self, batch: Batch) -> float:
         """Units in a batch, from the data alone: tokens, pairs, actions. 0 means that it teaches nothing."""

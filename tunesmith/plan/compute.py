@@ -6,12 +6,13 @@ the last. A traced model (`trace`) gives the exact number; this one serves where
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.files import cache_folder, canonical_json, strict_loads, write_atomic
 from tunesmith.plan.shape import ModelShape
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from tunesmith.plan.trace import Traced
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -114,11 +117,14 @@ def calibrate(
     key = _key(shape, tokens, dtype, torch.get_num_threads(), torch.__version__)
     path = (folder or cache_folder()) / "calibration.json"
     known = _read(path)
-    if key in known:
-        return Calibration(**known[key])
+    if kept := _calibration(known.get(key)):
+        return kept
     found = _measure(shape, tokens, torch.bfloat16 if dtype == "bf16" else torch.float32, seconds)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, canonical_json({**known, key: asdict(found)}, indent=1))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, canonical_json({**known, key: asdict(found)}, indent=1))
+    except OSError as error:
+        log.warning("the speed of this machine is not kept, and is measured again next time: %s", error)
     return found
 
 
@@ -186,11 +192,18 @@ def _processor() -> str:
     return next(names, platform.machine())
 
 
-def _read(path: Path) -> dict[str, dict[str, float]]:
+def _read(path: Path) -> dict[str, Any]:
     try:
         found = strict_loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError:
+    except (OSError, ValueError):
         return {}  # a cache that cannot be read is measured again
     return found if isinstance(found, dict) else {}
+
+
+def _calibration(found: Any) -> Calibration | None:
+    """What was measured before; None where it is not there or not what was written."""
+    names = [field.name for field in fields(Calibration)]
+    if not isinstance(found, dict) or sorted(found) != sorted(names):
+        return None
+    usable = all(type(value) in (int, float) and value > 0 for value in found.values())
+    return Calibration(**found) if usable else None

@@ -108,7 +108,9 @@ def prepare(config: Config) -> Prepared:
         raise ConfigError("this key is required", where="data.train", hint="name a file, or a bundled set")
     folder = resolve(config.model)
     validate_folder(folder)
-    config.method.check(read_json(folder / "config.json", ModelError))
+    settings = read_json(folder / "config.json", ModelError)
+    config.objective.check(settings)
+    config.method.check(settings)
     codec = Codec.open(folder)
     train, train_statistics = read_data(config.data.train, config.data, codec, "data.train")
     if not config.data.eval:

@@ -213,8 +213,9 @@ class _Run:
         return lambda micro: _seed_all(seed_for(self.settings.seed, "dropout", step, micro))
 
     def _diverged(self, error: DivergedError, step: int) -> DivergedError:
-        kept = self.checkpoints.path(self.saved_step) if self.saved_step >= 0 else "none yet"
-        hint = f"lower train.lr, or look at these rows; the last checkpoint is {kept}"
+        saved = self.saved_step >= 0
+        kept = f"the last checkpoint is {self.checkpoints.path(self.saved_step)}" if saved else "nothing was saved yet"
+        hint = f"lower train.lr, or look at these rows; {kept}"
         return DivergedError(f"step {step}: {error.message}", where=error.where, hint=hint)
 
     def _reason(self, is_last: bool) -> str:
