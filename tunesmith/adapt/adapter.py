@@ -38,6 +38,7 @@ class Adapter:
         trained: base parameters that it trains, or its copies of them, by path.
         replaced: the base's own parameter at every place where it has a copy.
         lr_factors: parameters that learn at another rate: name to what the learning rate is multiplied by.
+        seed: what its method draws from it must be drawn again when it is loaded; saved with it.
         head: its prediction head, where the model is to predict.
     """
 
@@ -51,6 +52,7 @@ class Adapter:
         self.name, self.method, self.loaded = name, method, loaded
         self.trained: dict[str, nn.Parameter] = {}
         self.replaced: dict[str, nn.Parameter] = {}
+        self.seed = 0
         self.head: Head | None = None
         self.lr_factors: dict[str, float] = {}
         freeze(loaded.model)

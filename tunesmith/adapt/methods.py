@@ -6,6 +6,12 @@ METHODS = Registry(
     "method",
     {
         "lora": ("tunesmith.adapt.lora:LoRA", "low-rank updates beside chosen linear maps; the base stays as it is"),
+        "adapter": ("tunesmith.adapt.bottleneck:Bottleneck", "narrow pairs of maps inside the blocks"),
+        "bitfit": ("tunesmith.adapt.bitfit:BitFit", "biases alone"),
+        "ia3": ("tunesmith.adapt.ia3:IA3", "factors for keys, values and inner numbers of the MLP"),
+        "fpt": ("tunesmith.adapt.fpt:FPT", "norms and input and output layers; attention and MLP frozen"),
+        "linear_probe": ("tunesmith.adapt.linear_probe:LinearProbe", "the output layer alone"),
+        "subspace": ("tunesmith.adapt.subspace:Subspace", "few numbers that move all weights of the blocks"),
         "full": ("tunesmith.adapt.full:Full", "every parameter of the model"),
         "top_layers": ("tunesmith.adapt.top_layers:TopLayers", "the last blocks, everything below frozen"),
     },

@@ -124,7 +124,8 @@ class _Own:
     """The layout of what peft does not have: tensors by the names that the adapter gives them."""
 
     def written(self, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return {"peft_type": OWN + adapter.method.kind.upper()}, dict(adapter.parameters)
+        settings = {"peft_type": OWN + adapter.method.kind.upper(), "tunesmith_seed": adapter.seed}
+        return settings, dict(adapter.parameters)
 
     def read(
         self,
@@ -136,7 +137,7 @@ class _Own:
         own: Method | None,
     ) -> Adapter:
         assert own is not None
-        adapter = own.attach(loaded, name)
+        adapter = own.attach(loaded, name, settings.get("tunesmith_seed", 0))
         fill(adapter, adapter.parameters, tensors, where)
         return adapter
 

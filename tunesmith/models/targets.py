@@ -150,11 +150,6 @@ def linear_maps(model: nn.Module, family: Family) -> list[Target]:
     return inside
 
 
-def norms(model: nn.Module, family: Family) -> list[Target]:
-    """Every norm, within blocks and after them."""
-    return [Target(path, "norm") for path in norm_paths(model, family)]
-
-
 def block_number(family: Family, path: str) -> int:
     """How many blocks of its side of the model lie below the one that a module is in; -1 for one outside."""
     ends = "|".join(map(re.escape, family.blocks))

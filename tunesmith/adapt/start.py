@@ -1,0 +1,35 @@
+"""Initial values of inserts: float32, on the device of the module they stand beside.
+
+The one idea: what is random is drawn on the CPU from (seed, place) alone, so that it is the same on every device and
+after any other draw. On the meta device nothing is drawn.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from tunesmith.core.rng import torch_generator
+
+if TYPE_CHECKING:
+    from tunesmith.models.targets import Target
+
+
+def filled(model: nn.Module, target: Target, *sizes: int, value: float = 0.0) -> nn.Parameter:
+    """A parameter that holds one value everywhere."""
+    return nn.Parameter(torch.full(sizes, value, device=_device(model, target)))
+
+
+def uniform(model: nn.Module, target: Target, *sizes: int, bound: float, seed: int) -> nn.Parameter:
+    """A parameter drawn from -bound to bound."""
+    device = _device(model, target)
+    if device.type == "meta":
+        return nn.Parameter(torch.empty(sizes, device=device))
+    draw = torch_generator(seed, "init", target.path, target.role)
+    return nn.Parameter(torch.empty(sizes).uniform_(-bound, bound, generator=draw).to(device))
+
+
+def _device(model: nn.Module, target: Target) -> torch.device:
+    return next(model.get_submodule(target.path).parameters(recurse=False)).device
