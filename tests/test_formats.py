@@ -11,7 +11,7 @@ import pytest
 from tunesmith.core.errors import ConfigError, DataError
 from tunesmith.data.formats import FORMATS, convert, detect, fits, format_of
 from tunesmith.data.lines import RawRow
-from tunesmith.data.rows import Dialogue, Labelled, Message, Row, Text
+from tunesmith.data.rows import Dialogue, Labelled, Message, Row, Tagged, Text
 from tunesmith.data.sources import open_source
 
 CALL = '{"name": "get_news", "arguments": {"topics": ["tech"], "page": 2}}'
@@ -25,6 +25,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "prompt_completion": {"prompt": "1 + 2 =", "completion": " 3", "references": [" 3", " three"]},
     "text": {"text": "One and two are three."},
     "labelled": {"text": "It was fun.", "text_pair": "It was good.", "label": "entailment"},
+    "tagged": {"tokens": ["It", "was", "fun"], "labels": ["PRON", "VERB", "ADJ"]},
 }
 
 
@@ -59,7 +60,7 @@ def test_each_format_is_found_by_its_keys_and_converts(name: str) -> None:
     assert fits(row) == name
     assert fits(dict(reversed(row.items()))) == name
     made = convert(row, name, "a.jsonl:1")
-    assert isinstance(made, {"text": Text, "labelled": Labelled}.get(name, Dialogue))
+    assert isinstance(made, {"text": Text, "labelled": Labelled, "tagged": Tagged}.get(name, Dialogue))
     assert made.where == "a.jsonl:1"
 
 
@@ -284,3 +285,17 @@ def test_rows_that_judge_answers_are_not_taken_for_rows_to_imitate(row: dict[str
     assert fits(row) is None
     with pytest.raises(DataError, match="no known format"):
         detect([RawRow(row, "a.jsonl:1")])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"tokens": ["a"], "labels": ["x", "y"]}, "1 tokens and 2 labels"),
+        ({"tokens": "a b", "labels": ["x", "y"]}, "'tokens' holds"),
+        ({"tokens": ["a", ""], "labels": ["x", "y"]}, "'tokens' holds"),
+        ({"tokens": ["a", "b"], "labels": ["x", 0.5]}, "'labels' holds"),
+    ],
+)
+def test_words_and_labels_that_do_not_fit_are_named(data: dict[str, Any], message: str) -> None:
+    """Kills: a label put down to another word."""
+    assert message in failure(data, "tagged").message

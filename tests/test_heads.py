@@ -87,6 +87,24 @@ def test_words_are_scored_where_they_are(family: str) -> None:
         torch.testing.assert_close(policy.scores(batch), adapter.head(policy.hidden(batch)[batch.sources]))
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_second_text_is_of_another_type(packed: bool) -> None:
+    """Against transformers' own forward. Kills: types that do not reach the model, or reach another token."""
+    loaded, adapter = predicting("bert")
+    batch = replace(tiny_batch(LENGTHS), types=torch.tensor([0, 0, 1, 1, 1, 1, 1] + [0] * 3 + [0] * 5 + [1] * 4))
+    start = 0
+    with torch.no_grad():
+        found = Policy(loaded, adapter.route, packed=packed).scores(batch)
+        for index, length in enumerate(LENGTHS):
+            ids, types = batch.ids[start : start + length], batch.types[start : start + length]
+            start += length
+            with adapter.route.enter():
+                states = loaded.model(input_ids=ids[None], token_type_ids=types[None]).last_hidden_state[0]
+            torch.testing.assert_close(found[index], adapter.head(states.mean(0)[None])[0], rtol=1e-5, atol=1e-5)
+        plain = Policy(loaded, adapter.route, packed=packed).scores(replace(batch, types=None))
+    assert not torch.allclose(plain[0], found[0])
+
+
 def test_bfloat16_states_are_pooled_and_read_in_float32() -> None:
     """Kills: a mean or a head in bfloat16."""
     loaded, adapter = predicting("bert", dtype=torch.bfloat16)

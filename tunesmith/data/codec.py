@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 
 from tunesmith.core.errors import ModelError
 from tunesmith.core.files import os_error, read_json
@@ -155,6 +155,18 @@ class Codec:
     def encode_text(self, text: str) -> list[int]:
         """Ids of text in which nothing is a control token."""
         return self._ids(text, first=True) if text else []
+
+    def pieces(self, text: str) -> Encoding:
+        """The tokens of a text and their places in it; nothing is a control token, and none is added."""
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def framed(self, first: Encoding, second: Encoding | None = None) -> Encoding:
+        """What the tokenizer's own template makes of one text or two (CLS, SEP, the end token)."""
+        return self._tokenizer.post_process(first, second)
+
+    def frame_tokens(self, pair: bool) -> int:
+        """How many tokens that template adds."""
+        return int(self._tokenizer.num_special_tokens_to_add(pair))
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of token ids, without the special ones unless they are asked for."""

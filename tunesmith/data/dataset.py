@@ -11,11 +11,13 @@ from functools import cached_property
 from itertools import islice
 
 from tunesmith.core.errors import DataError, Problems
+from tunesmith.core.problem import Problem
 from tunesmith.data.codec import Codec
 from tunesmith.data.encode import Dropped, Example, encode_row, prompt_ids
 from tunesmith.data.formats import convert, format_of
+from tunesmith.data.labels import encode_labelled, label_numbers
 from tunesmith.data.preview import Preview, preview
-from tunesmith.data.rows import Dialogue, Labelled, Row, Text
+from tunesmith.data.rows import Dialogue, Labelled, Row, Tagged, Text
 from tunesmith.data.section import DataSection, Part
 from tunesmith.data.sources import Source, open_source
 from tunesmith.data.statistics import DataStatistics
@@ -32,7 +34,10 @@ class Dataset:
     Attributes:
         sources: where rows come from; `weights` says how often an epoch sees each.
         formats: the format of each source.
+        problem: what is to be predicted of the rows; None where text is learnt.
     """
+
+    problem: Problem | None = None
 
     def __init__(self, sources: list[Source], weights: list[float], section: DataSection, codec: Codec) -> None:
         self.sources, self.weights, self.section, self.codec = sources, weights, section, codec
@@ -83,8 +88,10 @@ class Dataset:
             return Dropped(DAMAGED, error.where)
 
     def dialogue(self, source: int, row: int) -> Dialogue:
-        """One row as question and answers, for evaluation. Raises DataError for running text."""
+        """One row as question and answers, for evaluation. Raises DataError for running text and labelled words."""
         found = self.row(source, row)
+        if isinstance(found, Tagged):
+            raise DataError("labelled words have no question and answer to evaluate", where=found.where)
         if isinstance(found, Text):
             raise DataError("running text has no question and answer to evaluate", where=found.where)
         return found.dialogue() if isinstance(found, Labelled) else found
@@ -93,6 +100,14 @@ class Dataset:
         """(source, row) of every row, in the order of the files."""
         for source, size in enumerate(self.sizes):
             yield from ((source, row) for row in range(size))
+
+    def rows(self) -> Iterator[Row]:
+        """Every row that can be read."""
+        for source, row in self.places():
+            try:
+                yield self.row(source, row)
+            except DataError:
+                continue  # told by `check`
 
     def dialogues(self, limit: int | None = None) -> Iterator[Dialogue]:
         """The first `limit` rows as questions and answers, without those that are to be skipped."""
@@ -143,16 +158,20 @@ class Dataset:
                     return found
                 if row < len(self.sources[source]):
                     example = self.example(source, row)
-                    found += [preview(example, self.codec)] if isinstance(example, Example) else []
+                    found += [preview(example, self.codec, self.problem)] if isinstance(example, Example) else []
         return found
 
     def _encoded(self, row: Row) -> Example | Dropped:
+        if self.problem is not None:
+            return encode_labelled(row, self.codec, self.section.max_length, self.problem)
         return encode_row(row, self.template_of(row), self.codec, self.section.max_length)
 
     def _check_row(self, source: int, row: int, found: DataStatistics) -> None:
         raw = self.sources[source][row]
         converted = convert(raw.data, self.formats[source], raw.where)
         found.see(raw.data)
+        if self.problem is not None:
+            found.judge(label_numbers(converted, self.problem), self.problem)
         if found.examined < ENCODED_ROWS:
             found.add(self._encoded(converted))
 
@@ -165,6 +184,8 @@ class Dataset:
                     raise
 
     def _template_line(self) -> str:
+        if self.problem is not None:
+            return self.problem.line()
         if set(self.formats) == {"text"}:
             return "no template"
         folded = " (system messages go into the first user turn)" if self.template.folds_system else ""

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tunesmith.core.errors import DataError
 from tunesmith.data.codec import Codec
-from tunesmith.data.rows import Dialogue, Labelled, Message, Row, Text
+from tunesmith.data.rows import Dialogue, Labelled, Message, Row, Tagged, Text
 from tunesmith.data.templates import Template, render
 
 TOO_LONG = "the answer alone is longer than max_length"
@@ -27,6 +28,9 @@ class Example:
         where: file and line.
         truncated_tokens: how many were cut off to fit.
         escaped: how many control-token strings of the row were encoded as ordinary text.
+        labels: what is to be predicted: one number a row, or one for each supervised token, which then is the token
+            that has the label; empty where text is learnt.
+        types: of which of two texts each token is, where the tokenizer says so.
     """
 
     ids: list[int]
@@ -34,6 +38,8 @@ class Example:
     where: str = ""
     truncated_tokens: int = 0
     escaped: int = 0
+    labels: tuple[float, ...] = ()
+    types: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +54,9 @@ def encode_row(row: Row, template: Template, codec: Codec, max_length: int) -> E
     """One row as at most `max_length` tokens. Raises DataError when the template does not take it."""
     if isinstance(row, Text):
         return _encode_text(row, codec, max_length)
+    if isinstance(row, Tagged):
+        hint = "set objective to {kind: predict, problem: tokens}"
+        raise DataError("labelled words have no answer to write", where=row.where, hint=hint)
     dialogue = row.dialogue() if isinstance(row, Labelled) else row
     rendered = render(dialogue, template)
     ids, supervised = codec.encode(rendered)

@@ -17,7 +17,7 @@ from typing import Any
 from tunesmith.core.errors import ConfigError, DataError, did_you_mean
 from tunesmith.data.conversations import conversation, messages
 from tunesmith.data.lines import SKIP_HINT, RawRow, Source, describe
-from tunesmith.data.rows import Dialogue, Labelled, Message, Row, Text
+from tunesmith.data.rows import Dialogue, Labelled, Message, Row, Tagged, Text
 from tunesmith.data.take import text, texts
 
 SAMPLED_ROWS = 2_000
@@ -85,6 +85,20 @@ def _labelled(data: dict[str, Any]) -> Labelled:
     return Labelled(text(data, "text"), label, pair)
 
 
+def _tagged(data: dict[str, Any]) -> Tagged:
+    words, labels = data["tokens"], data["labels"]
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) and word.strip() for word in words):
+        raise DataError("the key 'tokens' holds something else than a list of words")
+    named = isinstance(labels, list) and all(
+        isinstance(label, str | int) and not isinstance(label, bool) for label in labels
+    )
+    if not named:
+        raise DataError("the key 'labels' holds something else than a list of classes (text or whole numbers)")
+    if len(words) != len(labels):
+        raise DataError(f"there are {len(words)} tokens and {len(labels)} labels")
+    return Tagged(tuple(words), tuple(labels))
+
+
 def _answer(data: dict[str, Any], key: str) -> Message:
     return Message("assistant", text(data, key, filled=True), supervised=True)
 
@@ -101,6 +115,7 @@ FORMATS: dict[str, Format] = {
         ("prompt", "completion"), _prompt_completion, ("references",), ("chosen", "rejected", "label")
     ),
     "labelled": Format(("text", "label"), _labelled, ("text_pair",)),
+    "tagged": Format(("tokens", "labels"), _tagged),
     "text": Format(("text",), _text, (), ("chosen", "rejected", "label")),
 }
 

@@ -9,8 +9,10 @@ import unicodedata
 from dataclasses import dataclass
 from itertools import groupby
 
+from tunesmith.core.problem import Problem
 from tunesmith.data.codec import Codec
 from tunesmith.data.encode import Example
+from tunesmith.data.labels import label_names
 
 
 @dataclass(frozen=True)
@@ -24,17 +26,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class Preview:
-    """One row as pieces, with how many tokens it has, how many are learnt, how many were cut off."""
+    """One row as pieces, with how many tokens it has, how many are learnt, how many were cut off, and its labels."""
 
     where: str
     pieces: tuple[Piece, ...]
     tokens: int
     supervised_tokens: int
     truncated_tokens: int
+    labels: tuple[str, ...] = ()
 
 
-def preview(example: Example, codec: Codec) -> Preview:
-    """The pieces of an example; characters that would act on a terminal are escaped."""
+def preview(example: Example, codec: Codec, problem: Problem | None = None) -> Preview:
+    """The pieces of an example, and its labels for a problem; characters that would act on a terminal are escaped."""
     controls = {control.id for control in codec.controls.values()}
     kinds = [(learnt, token in controls) for token, learnt in zip(example.ids, example.supervised, strict=True)]
     pieces = []
@@ -47,7 +50,8 @@ def preview(example: Example, codec: Codec) -> Preview:
         pieces.append(Piece(visible(text[len(before) :]), learnt, control))
         before = text
     counts = (len(example.ids), sum(example.supervised), example.truncated_tokens)
-    return Preview(example.where, tuple(pieces), *counts)
+    labels = tuple(visible(name) for name in label_names(example.labels, problem)) if problem else ()
+    return Preview(example.where, tuple(pieces), *counts, labels)
 
 
 def visible(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The rows that every format is converted to: a dialogue, a running text, a labelled text.
+"""The rows that every format is converted to: a dialogue, a running text, a labelled text, labelled words.
 
 A row is plain text with roles and knows where it came from; it holds no token and no template. `formats`
 makes rows out of what files hold, `templates` and `codec` turn them into tokens.
@@ -90,4 +90,13 @@ class Labelled:
         return Dialogue((user, Message("assistant", str(self.label), supervised=True)), where=self.where)
 
 
-Row = Dialogue | Text | Labelled
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """Words, each with its label."""
+
+    words: tuple[str, ...]
+    labels: tuple[str | int, ...]
+    where: str = ""
+
+
+Row = Dialogue | Text | Labelled | Tagged

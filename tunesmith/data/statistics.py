@@ -11,8 +11,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from tunesmith.core.problem import Problem
 from tunesmith.data.encode import Dropped, Example
+from tunesmith.data.labels import label_names
 
+_RARE = ("labels", "scores")  # kept only where there are any
 _REMEMBERED = 2_000_000  # rows whose hashes are kept to find repeats: 100 bytes each, 200 MB in all
 _CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False)  # made once: there are millions of rows
 
@@ -30,6 +33,8 @@ class DataStatistics:
         escaped_rows: rows that hold control-token strings, which were encoded as ordinary text.
         duplicates: rows that are exactly an earlier row.
         lengths: kept rows by length: `{64: 3}` are three rows of 33 to 64 tokens.
+        labels: how often each label is there, where labels are to be predicted.
+        scores: smallest and largest of the scores that are to be predicted.
     """
 
     rows: int = 0
@@ -44,6 +49,8 @@ class DataStatistics:
     escaped_rows: int = 0
     duplicates: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
+    labels: Counter[str] = field(default_factory=Counter)
+    scores: tuple[float, float] | None = None
     hashes: set[int] = field(default_factory=set, repr=False)
 
     def add(self, found: Example | Dropped) -> None:
@@ -75,14 +82,29 @@ class DataStatistics:
 
     def as_json(self) -> dict[str, Any]:
         """The counts as plain values, for run.json and the report."""
-        values = {key: value for key, value in vars(self).items() if key != "hashes"}
+        values = {key: value for key, value in vars(self).items() if key != "hashes" and (value or key not in _RARE)}
         lengths = {str(bound): self.lengths[bound] for bound in sorted(self.lengths)}
         return {**values, "dropped": dict(self.dropped), "lengths": lengths}
+
+    def judge(self, labels: tuple[float, ...], problem: Problem) -> None:
+        """Counts the labels of one row."""
+        if problem.kind != "regression":
+            self.labels.update(label_names(labels, problem))
+            return
+        low, high = self.scores or (labels[0], labels[0])
+        self.scores = min(low, *labels), max(high, *labels)
+
+    def _learnt(self) -> str:
+        if self.scores:
+            return f"scores from {self.scores[0]:g} to {self.scores[1]:g}"
+        if self.labels:
+            return "labels " + ", ".join(f"{name}: {count}" for name, count in self.labels.most_common(10))
+        return f"{self.supervised_tokens} supervised"
 
     def line(self) -> str:
         """The counts in one line."""
         parts = [f"{self.kept} of {self.examined} rows kept", f"{self.tokens} tokens"]
-        parts.append(f"{self.supervised_tokens} supervised")
+        parts.append(self._learnt())
         parts += [f"{count} left out: {reason}" for reason, count in self.dropped.most_common()]
         if self.truncated_rows:
             parts.append(f"{self.truncated_rows} cut by {self.truncated_tokens} tokens")

@@ -131,17 +131,22 @@ class Policy:
     def _running(self, batch: Batch) -> Iterator[dict[str, Any]]:
         """Enters the route and answers the inputs of the forward pass."""
         offset = int(self.config.pad_token_id) + 1 if self.family.pad_offset else 0
+        # which of two texts a token is of, for models that have an embedding of it
+        types = batch.types if int(setting(self.config, "type_vocab_size") or 0) > 1 else None
         with self.route.enter():
             if self.packed:
                 ids, positions = batch.ids[None], batch.positions[None] + offset
+                more = {} if types is None else {"token_type_ids": types[None]}
                 with Segments(batch.lengths).enter():
-                    yield {"input_ids": ids, "position_ids": positions, **self._flags}
+                    yield {"input_ids": ids, "position_ids": positions, **more, **self._flags}
                 return
             places = _places(batch)
             shape = len(batch.lengths), max(batch.lengths)
             ids = batch.ids.new_zeros(shape).index_put(places, batch.ids)
             seen = batch.ids.new_zeros(shape).index_put(places, torch.ones_like(batch.ids))
             inputs = {"input_ids": ids, "attention_mask": seen, **self._flags}
+            if types is not None:
+                inputs["token_type_ids"] = types.new_zeros(shape).index_put(places, types)
             if self.family.table:
                 # a family with a table takes positions; counted here, never found from pad ids
                 inputs["position_ids"] = batch.positions.new_zeros(shape).index_put(places, batch.positions + offset)
