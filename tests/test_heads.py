@@ -14,9 +14,11 @@ from torch import nn
 from tunesmith.adapt.adapter import Adapter
 from tunesmith.adapt.full import Full
 from tunesmith.adapt.lora import LoRA
-from tunesmith.core.errors import AdapterError, ConfigError, DataError
+from tunesmith.adapt.store import load_adapter
+from tunesmith.adapt.top_layers import TopLayers
+from tunesmith.core.errors import AdapterError, ConfigError, DataError, ModelError
 from tunesmith.core.problem import Problem
-from tunesmith.models.heads import fill_head, fresh_head, save_head
+from tunesmith.models.heads import fill_head, fresh_head, open_head, save_head
 from tunesmith.models.policy import Policy
 from tunesmith.models.ports import attached_to
 from tunesmith.models.route import BASE
@@ -220,3 +222,45 @@ def test_a_head_fits_every_family_on_the_meta_device(family: str) -> None:
     assert head.weight.is_meta
     assert head.weight.shape == (3, 32)
     assert isinstance(head, nn.Module)
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2), TopLayers(layers=1)])
+def test_an_adapter_takes_its_head_to_the_disk_and_back(method: LoRA | TopLayers, tmp_path: Path) -> None:
+    """Kills: a head that is drawn again; one among the adapter's own tensors, where peft would refuse it."""
+    loaded = tiny_loaded("bert", tmp_path / "base")
+    loaded.config.save_pretrained(tmp_path / "base")
+    loaded.predicts = THREE
+    adapter = method.attach(loaded)
+    disturb(adapter)
+    batch = tiny_batch(LENGTHS)
+    with torch.no_grad():
+        said = Policy(loaded, adapter.route).scores(batch)
+    folder = adapter.save(tmp_path / "run")
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "predict.safetensors",
+    ]  # fmt: skip
+    again = tiny_loaded("bert", tmp_path / "base")
+    found = load_adapter(again, folder)
+    assert again.predicts is None
+    with torch.no_grad():
+        assert torch.equal(Policy(again, found.route).scores(batch), said)
+    (folder / "predict.safetensors").unlink()
+    bare = tiny_loaded("bert", tmp_path / "base")
+    with pytest.raises(ModelError, match="prediction head cannot be read"):
+        load_adapter(bare, folder)
+    assert not attached_to(bare.model).names
+
+
+def test_a_model_that_was_tuned_whole_keeps_its_head_beside_it(tmp_path: Path) -> None:
+    loaded = tiny_loaded("bert", tmp_path / "base")
+    loaded.predicts = THREE
+    adapter = Full().attach(loaded)
+    disturb(adapter)
+    folder = adapter.save(tmp_path / "run")
+    assert folder.name == "model"
+    again = tiny_loaded("bert", folder)
+    head = open_head(again, folder)
+    assert head is not None
+    assert head.problem == THREE
+    assert all(torch.equal(a, b) for a, b in zip(head.parameters(), adapter.head.parameters(), strict=True))
+    assert open_head(again, tmp_path / "base") is None

@@ -8,7 +8,8 @@ tensors are written under the names that `Adapter.parameters` has.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,8 +19,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from tunesmith.adapt.methods import METHODS
-from tunesmith.core.errors import AdapterError
+from tunesmith.core.errors import AdapterError, ModelError
 from tunesmith.core.files import atomic_folder, canonical_json, read_json
+from tunesmith.core.problem import read_problem
+from tunesmith.models.heads import HEAD_KEY, HEAD_SETTINGS, fill_head, save_head
 from tunesmith.models.save import write_model
 
 if TYPE_CHECKING:
@@ -71,12 +74,17 @@ def save_run(adapter: Adapter, folder: Path) -> Path:
     with atomic_folder(folder / "model") as work:
         write_model(adapter.loaded, work)
     return folder / "model"
+        if adapter.head is not None:
+            kept = save_head(adapter.head, work)
+            (work / HEAD_SETTINGS).write_text(canonical_json(kept, indent=2) + "\n", "utf-8")
 
 
 def save_adapter(adapter: Adapter, folder: Path | str) -> Path:
     """Writes the two files of an adapter, tensors in float32; the folder appears whole or not at all.
 
     Raises:
+    A prediction head is a third file, `predict.safetensors`, with what it predicts under `tunesmith_predict`.
+
         ResourceError: no room, or not writable.
     """
     folder = Path(folder)
@@ -91,6 +99,8 @@ def save_adapter(adapter: Adapter, folder: Path | str) -> Path:
     ready = {name: tensors[name].detach().float().cpu().contiguous() for name in sorted(tensors)}
     with atomic_folder(folder) as work:
         (work / CONFIG).write_text(canonical_json(settings, indent=2) + "\n", "utf-8")
+        if adapter.head is not None:
+            settings[HEAD_KEY] = save_head(adapter.head, work)
         (work / TENSORS).write_bytes(save(ready, metadata={"format": "pt"}))
     return folder
 
@@ -117,7 +127,26 @@ def load_adapter(loaded: Loaded, folder: Path | str, name: str = "default") -> A
     if kind not in LAYOUTS and (own is None or kind != OWN + own.kind.upper()):
         known = " ".join(LAYOUTS)
         raise AdapterError(f"peft_type {kind!r} is not known here", where=str(folder / CONFIG), hint=f"{known} are")
-    return _layout(kind).read(loaded, settings, tensors, name, str(folder), own)
+    with _predicting(loaded, settings, folder):
+        adapter = _layout(kind).read(loaded, settings, tensors, name, str(folder), own)
+    if adapter.head is not None:
+        try:
+            fill_head(adapter.head, settings[HEAD_KEY], folder)
+        except ModelError:
+            adapter.detach()
+            raise
+    return adapter
+
+
+@contextmanager
+def _predicting(loaded: Loaded, settings: Mapping[str, Any], folder: Path) -> Iterator[None]:
+    """Whatever is attached within gets the head that the settings name, or none."""
+    before, asked = loaded.predicts, settings.get(HEAD_KEY)
+    loaded.predicts = None if asked is None else read_problem(asked, str(folder / CONFIG))
+    try:
+        yield
+    finally:
+        loaded.predicts = before
 
 
 class _Own:
@@ -125,7 +154,7 @@ class _Own:
 
     def written(self, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
         settings = {"peft_type": OWN + adapter.method.kind.upper(), "tunesmith_seed": adapter.seed}
-        return settings, dict(adapter.parameters)
+        return settings, dict(adapter.changes)
 
     def read(
         self,
@@ -138,7 +167,7 @@ class _Own:
     ) -> Adapter:
         assert own is not None
         adapter = own.attach(loaded, name, settings.get("tunesmith_seed", 0))
-        fill(adapter, adapter.parameters, tensors, where)
+        fill(adapter, adapter.changes, tensors, where)
         return adapter
 
 

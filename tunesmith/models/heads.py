@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from tunesmith.core.errors import ConfigError, ModelError
-from tunesmith.core.problem import Problem
+from tunesmith.core.files import read_json
+from tunesmith.core.problem import Problem, read_problem
 from tunesmith.core.rng import torch_generator
 from tunesmith.models.families import setting
 from tunesmith.models.ports import attached_to
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from tunesmith.models.load import Loaded
 
 TENSORS = "predict.safetensors"
+HEAD_SETTINGS = "predict.json"  # beside it in a model's folder
+HEAD_KEY = "tunesmith_predict"  # the same settings in adapter_config.json
 PREFIX = "predict."
 POOLING = {"encoder": "mean", "decoder": "last", "seq2seq": "start"}
 
@@ -93,6 +96,20 @@ def head_width(config: Any) -> int:
         family = str(setting(config, "model_type"))
         raise ModelError("the config does not say how wide its hidden states are", where=family)
     return width
+
+
+def open_head(loaded: Loaded, folder: Path) -> Head | None:
+    """The head that was saved in a model's own folder, put on the model as its only one; None where there is none.
+
+    Raises ModelError for a damaged one.
+    """
+    if not (folder / HEAD_SETTINGS).is_file():
+        return None
+    settings = read_json(folder / HEAD_SETTINGS, ModelError)
+    head = fresh_head(loaded, read_problem(settings, str(folder / HEAD_SETTINGS)))
+    fill_head(head, settings, folder)
+    attached_to(loaded.model).heads["default"] = head
+    return head
 
 
 # on the disk: one file of two tensors, and settings that the caller keeps
