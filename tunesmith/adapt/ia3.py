@@ -47,7 +47,11 @@ class IA3(Method):
         return match(loaded.model, loaded.family, self.targets)
 
     def insert(self, model: nn.Module, target: Target, seed: int = 0) -> Insert:
-        """Factors of one: for `down` one for each input feature, else one for each output feature of the role."""
+        """Factors for what `down` reads, elsewhere for what a map answers. Raises ConfigError for an embedding."""
+        return self.factors(model, target, "inputs" if target.role == "down" else "outputs")
+
+    def factors(self, model: nn.Module, target: Target, side: Literal["inputs", "outputs"]) -> Insert:
+        """Factors of one for the features of a side: of inputs all, of outputs those of the role."""
         from tunesmith.adapt.start import filled
         from tunesmith.models.ports import Insert, port_kind
         from tunesmith.models.targets import input_features, output_features
@@ -56,10 +60,9 @@ class IA3(Method):
         if port_kind(module) == "embedding":
             raise ConfigError(f"{target.path} is an embedding, and ia3 acts on linear maps", where="method.targets")
         size = target.rows.count if target.rows is not None else output_features(module)
-        name = "outputs"
-        if target.role == "down":
-            name, size = "inputs", input_features(module)
-        return Insert(self, {name: filled(model, target, size, value=1.0)}, target.rows, 1.0)
+        if side == "inputs":
+            size = input_features(module)
+        return Insert(self, {side: filled(model, target, size, value=1.0)}, target.rows, 1.0)
 
     def delta(self, insert: Insert, x: Tensor, y: Tensor) -> Tensor:
         """y (l - 1), or W (x (l - 1)), in the dtype of y: [..., output features of the role]."""

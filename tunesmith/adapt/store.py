@@ -37,9 +37,10 @@ OWN = "TUNESMITH_"
 # peft's name of a method to the module that reads and writes its files (a `Layout`)
 LAYOUTS = {
     "LORA": "tunesmith.adapt.peft_lora",
+    "IA3": "tunesmith.adapt.peft_ia3",
 }
 # kinds of ours that are written in one of these; all others are TUNESMITH_<KIND>
-PEFT_TYPES = {"lora": "LORA"}
+PEFT_TYPES = {"lora": "LORA", "ia3": "IA3"}
 
 
 class Layout(Protocol):
