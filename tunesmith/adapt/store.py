@@ -74,18 +74,18 @@ def save_run(adapter: Adapter, folder: Path) -> Path:
         return save_adapter(adapter, folder / "adapter")
     with atomic_folder(folder / "model") as work:
         write_model(adapter.loaded, work)
-    return folder / "model"
         if adapter.head is not None:
             kept = save_head(adapter.head, work)
             (work / HEAD_SETTINGS).write_text(canonical_json(kept, indent=2) + "\n", "utf-8")
+    return folder / "model"
 
 
 def save_adapter(adapter: Adapter, folder: Path | str) -> Path:
     """Writes the two files of an adapter, tensors in float32; the folder appears whole or not at all.
 
-    Raises:
     A prediction head is a third file, `predict.safetensors`, with what it predicts under `tunesmith_predict`.
 
+    Raises:
         ResourceError: no room, or not writable.
     """
     folder = Path(folder)
@@ -99,9 +99,9 @@ def save_adapter(adapter: Adapter, folder: Path | str) -> Path:
     settings |= more
     ready = {name: tensors[name].detach().float().cpu().contiguous() for name in sorted(tensors)}
     with atomic_folder(folder) as work:
-        (work / CONFIG).write_text(canonical_json(settings, indent=2) + "\n", "utf-8")
         if adapter.head is not None:
             settings[HEAD_KEY] = save_head(adapter.head, work)
+        (work / CONFIG).write_text(canonical_json(settings, indent=2) + "\n", "utf-8")
         (work / TENSORS).write_bytes(save(ready, metadata={"format": "pt"}))
     return folder
 
