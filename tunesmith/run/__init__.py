@@ -30,17 +30,21 @@ if TYPE_CHECKING:
     from tunesmith.train.tuned import Result
 
 
-def run(config: Config, *, resume: bool = False) -> Path:
+def run(config: Config, *, resume: bool = False, before: bool = True) -> Path:
     """Does everything a configuration says and answers the run folder.
+
+    Args:
+        resume: go on with the run in the folder.
+        before: judge the untuned model, too, for the table of the run.
 
     Raises: any TunesmithError; what was saved before stays, and `resume` goes on from there. Signals become Stopped.
     """
     folder = RunFolder(config.out)
     with stoppable(folder):
-        return _run(config, folder, resume)
+        return _run(config, folder, resume, before)
 
 
-def _run(config: Config, folder: RunFolder, resume: bool) -> Path:
+def _run(config: Config, folder: RunFolder, resume: bool, before: bool) -> Path:
     check_writable(folder.path)
     check_state(folder, config, resume)
     if folder.is_finished:
@@ -54,7 +58,7 @@ def _run(config: Config, folder: RunFolder, resume: bool) -> Path:
         _check_data(folder, prepared)
         with _withdrawn_on_error(folder, config):
             ready = _make_ready(prepared, folder)
-        _carry_out(ready, folder, resume)
+        _carry_out(ready, folder, resume, before)
     return folder.path
 
 
@@ -137,13 +141,14 @@ def _how(compute: str) -> str:
     return line
 
 
-def _carry_out(ready: _Ready, folder: RunFolder, resume: bool) -> None:
+def _carry_out(ready: _Ready, folder: RunFolder, resume: bool, before: bool) -> None:
     from tunesmith.evaluate.report import write_report
     from tunesmith.models.policy import Policy
 
     prepared, loaded, judge = ready.prepared, ready.loaded, ready.judge
     config = prepared.config
-    judge.before(loaded)
+    if before:
+        judge.before(loaded)
     adapter = config.method.attach(loaded, seed=config.train.seed)
     policy = Policy(loaded, adapter.route, recompute=config.train.recompute, packed=config.data.packing)
     result = _train(prepared, folder, adapter, policy, judge, resume)

@@ -16,6 +16,7 @@ from tunesmith.data.templates import Template, open_template
 from tunesmith.run.folder import RunFolder
 
 if TYPE_CHECKING:
+    from tunesmith.adapt.adapter import Adapter
     from tunesmith.models.load import Loaded
     from tunesmith.models.route import Route
 
@@ -66,6 +67,7 @@ class Opened:
         route: what acts: the base, or the adapter of the run.
         codec: its tokenizer.
         template: how conversations are written for it.
+        adapter: of a run that has one.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Opened:
     route: Route
     codec: Codec
     template: Template
+    adapter: Adapter | None = None
 
 
 def find(source: str) -> Named:
@@ -148,9 +151,10 @@ def open_model(source: str | Seen, *, template: str = "auto", precision: str = "
 
     compute = resolve_precision(PrecisionSection.model_validate({"compute": precision}))
     loaded = load(str(seen.folder), dtype=compute)
-    route = BASE
+    adapter = None
     if seen.named.adapter is not None:
         from tunesmith.adapt.store import load_adapter
 
-        route = load_adapter(loaded, seen.named.adapter).route
-    return Opened(seen.named.name, loaded, route, seen.codec, seen.template)
+        adapter = load_adapter(loaded, seen.named.adapter)
+    route = adapter.route if adapter else BASE
+    return Opened(seen.named.name, loaded, route, seen.codec, seen.template, adapter)

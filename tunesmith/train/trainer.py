@@ -170,8 +170,9 @@ class _Run:
         if self.state.reason:
             return
         for step, is_last in _marked(stream_from(_cursor(self.state.cursor))):
-            began = time.monotonic()
+            began, worked = time.monotonic(), time.process_time()
             record = self._step(step)
+            record["cpu_seconds"] = round(time.process_time() - worked, 6)
             record["step_seconds"] = round(time.monotonic() - began, 6)
             record["tokens_per_second"] = round(record["tokens"] / max(record["step_seconds"], 1e-6), 3)
             record["peak_bytes"] = peak_bytes(self.device)
