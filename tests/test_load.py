@@ -19,6 +19,7 @@ from tunesmith.core.errors import ModelError, ResourceError
 from tunesmith.models.bundled import MODELS
 from tunesmith.models.folder import fingerprint, validate_folder, weight_files
 from tunesmith.models.load import load, meta
+from tunesmith.models.onednn import KERNELS
 from tunesmith.models.source import resolve
 from tunesmith.models.weights import TensorSpec, read_header, write_tensors
 
@@ -74,6 +75,14 @@ def test_the_meta_model_has_the_parameters_of_the_loaded_one(tmp_path, family):
 def test_weights_become_the_dtype_that_is_asked_for(folder):
     assert {parameter.dtype for parameter in load(folder, dtype="bf16").model.parameters()} == {torch.bfloat16}
     assert {parameter.dtype for parameter in load(folder).model.parameters()} == {torch.float32}
+
+
+def test_kernels_kept_for_shapes_are_bounded_unless_the_user_says_otherwise(folder, monkeypatch):
+    """Memory of a run with rows of many lengths. Fails when loading sets neither, or overrides the user."""
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    load(folder)
+    assert (os.environ["LRU_CACHE_CAPACITY"], os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) == ("7", KERNELS)
 
 
 def test_the_tokenizer_is_that_of_the_folder(folder):

@@ -25,6 +25,7 @@ from tunesmith.core.problem import Problem
 from tunesmith.models import attention
 from tunesmith.models.families import Family, family_of
 from tunesmith.models.folder import fingerprint, validate_folder
+from tunesmith.models.onednn import bound_caches
 from tunesmith.models.source import resolve
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -94,6 +95,7 @@ def load(source: str | Path, *, dtype: Dtype = "fp32", device: str | torch.devic
     """
     folder = resolve(str(source))
     validate_folder(folder)
+    bound_caches()
     with quiet(), _as_model_error(folder):
         config = _read_config(folder)
         auto = _auto_class(config)
