@@ -7,7 +7,8 @@ through `plain_losses`, which recomputes each chunk instead. Both are the same f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tunesmith.models.route import checkpoint_contexts
+from tunesmith.models.route import Owners, checkpoint_contexts
 
 
 @dataclass(frozen=True)
@@ -98,19 +99,30 @@ class _Fused(torch.autograd.Function):
         return (gradient * grads[0][:, None]).to(gradient.dtype), None, None, None, None
 
 
-def plain_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, shaping: Shaping) -> Tensor:
+def plain_losses(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    shaping: Shaping,
+    owners: Sequence[int] | None = None,
+) -> Tensor:
     """Negative log-likelihoods through any head, [rows] as `fused_losses`; logits live for one chunk at a time.
 
     Gradients reach `hidden`, the head's weights and its inserts; each chunk is computed again in the backward.
+
+    Args:
+        owners: the row of the route that each state is of, where the route has rows.
     """
     rows = chunk_rows(hidden.device) * 4  # a head's own gradient is as large as the head, once a chunk
 
-    def losses(part: Tensor, wanted: Tensor) -> Tensor:
-        return torch.nn.functional.cross_entropy(shaping(head(part)), wanted, reduction="none")
+    def losses(part: Tensor, wanted: Tensor, whose: Owners | None) -> Tensor:
+        with nullcontext() if whose is None else whose.enter():
+            return torch.nn.functional.cross_entropy(shaping(head(part)), wanted, reduction="none")
 
     parts = []
     for start in range(0, len(targets), rows):
-        part = hidden[start : start + rows], targets[start : start + rows]
+        whose = None if owners is None else Owners(tuple(owners[start : start + rows]))
+        part = hidden[start : start + rows], targets[start : start + rows], whose
         if torch.is_grad_enabled():
             parts.append(checkpoint(losses, *part, use_reentrant=False, context_fn=checkpoint_contexts))
         else:

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from tunesmith.core.rng import seed_for
 from tunesmith.models.seq2seq import end_ids, start_id
+from tunesmith.models.soft import roomy
 
 
 class Delegate:
@@ -47,8 +48,9 @@ class Delegate:
     def write(self, prompts: list[list[int]], numbers: list[int]) -> list[list[int]]:
         """The tokens after each prompt; a stop token, where there is one, is the last."""
         # an encoder reads an end token, in training as here
-        ids, seen = _padded([prompt + self.end for prompt in prompts], self.model.device)
-        with torch.random.fork_rng(enabled=self.sampled):
+        texts = [torch.tensor([*prompt, *self.end]) for prompt in prompts]
+        with torch.random.fork_rng(enabled=self.sampled), roomy(self.model, None, texts) as wide:
+            ids, seen = _padded(wide, self.model.device)
             if self.sampled:
                 torch.manual_seed(seed_for(self.seed, "sampling", *numbers))
             found = self.model.generate(input_ids=ids, attention_mask=seen, generation_config=self.settings)
@@ -60,11 +62,11 @@ class Delegate:
         return row[:end]
 
 
-def _padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def _padded(prompts: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids and mask, int64 [rows, longest]; the encoder hears of padding through the mask only."""
     shape = len(prompts), max(map(len, prompts))
     ids, seen = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
+        ids[row, : len(prompt)] = prompt
         seen[row, : len(prompt)] = 1
     return ids.to(device), seen.to(device)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,12 @@ from tunesmith.models.cache import SPARE, RowCache
 from tunesmith.models.delegated import Delegate
 from tunesmith.models.families import setting
 from tunesmith.models.modes import evaluating
+from tunesmith.models.route import Route, current_route
 from tunesmith.models.sampling import Chooser
+from tunesmith.models.soft import PLACEHOLDER, Holes, Layout, Room, layout
 
 if TYPE_CHECKING:
     from tunesmith.models.load import Loaded
-    from tunesmith.models.route import Route
 
 # rows leave once this share of the batch has finished: moving the rest costs about one token of all rows
 _LEAVE = 0.25
@@ -62,7 +63,7 @@ def generate(
     """A completion for each prompt, in their order.
 
     Args:
-        route: the adapters that act; None leaves it to the caller's.
+        route: the adapters that act, of all rows or of each; None leaves it to the caller's.
         prompts: token ids of each, without `shared_prefix`.
         max_new_tokens: at most so many; a stop token takes one of them.
         stop_ids: tokens that end a completion.
@@ -81,14 +82,15 @@ def generate(
     order = sorted(range(len(whole)), key=lambda row: -len(whole[row]))  # longest first: memory fails at once or never
     found: dict[int, Completion] = {}
     with evaluating(loaded.model):
-        if writer.delegated:
-            parts = writer.delegate(whole, order, batch_size)
-        else:
-            parts = writer.batches(whole, order, batch_size, len(shared_prefix))
-        for part in parts:
-            found |= part
-            if progress is not None:
-                progress(len(found), len(whole))
+        for rows in writer.together(order):
+            if writer.delegated:
+                parts = writer.delegate(whole, rows, batch_size)
+            else:
+                parts = writer.batches(whole, rows, batch_size, len(shared_prefix))
+            for part in parts:
+                found |= part
+                if progress is not None:
+                    progress(len(found), len(whole))
     return [found[row] for row in range(len(whole))]
 
 
@@ -122,7 +124,8 @@ class _Writer:
 
     def __init__(self, loaded: Loaded, route: Route | None, limit: int, stops: set[int], choose: Chooser) -> None:
         self.model: Any = loaded.model
-        self.family, self.route, self.limit, self.stops, self.choose = loaded.family, route, limit, stops, choose
+        self.family, self.limit, self.stops, self.choose = loaded.family, limit, stops, choose
+        self.route = current_route() if route is None else route
         self.config = loaded.model.config.get_text_config(decoder=True)
 
     @property
@@ -146,8 +149,11 @@ class _Writer:
         bare = next((row for row, prompt in enumerate(prompts) if not prompt), None)
         if bare is not None:
             raise DataError(f"prompt {bare + 1} has no tokens", hint="a prompt needs at least a begin token")
-        places = self._table_size()
-        longest = max(map(len, prompts), default=0)
+        if self.route is not None and self.route.rows and len(self.route.rows) != len(prompts):
+            raise ConfigError(f"the route is for {len(self.route.rows)} rows, there are {len(prompts)} prompts")
+        places, lengths = self._table_size(), list(map(len, prompts))
+        room = layout(self.model, self.route, lengths)
+        longest = max(lengths, default=0) if room is None else room.longest
         if places is not None and longest + self.limit - 1 > places:
             raise DataError(
                 f"a prompt of {longest} tokens and {self.limit} new ones need {longest + self.limit - 1} positions; "
@@ -158,11 +164,12 @@ class _Writer:
     def batches(
         self, prompts: list[list[int]], order: list[int], size: int, shared: int
     ) -> Iterator[dict[int, Completion]]:
-        """The completions of all rows, some at a time; `shared` tokens of every prompt are the same."""
+        """The completions of some rows, a few at a time; `shared` tokens of every prompt are the same."""
         shared = min([shared, *(len(prompt) - 1 for prompt in prompts)])  # each row needs a token of its own
-        if not self._may_pad_inside(prompts):
-            shared = 0
-        prefix = self._read(prompts[0][:shared]) if shared > 0 else None
+        route = self._route(order)
+        if not self._may_pad_inside(prompts) or (route is not None and route.rows):
+            shared = 0  # what is read once is read under one route
+        prefix = self._read(prompts[0][:shared], route) if shared > 0 else None
         for start in range(0, len(order), size):
             rows = order[start : start + size]
             ids: dict[int, list[int]] = {row: [] for row in rows}
@@ -175,7 +182,7 @@ class _Writer:
         self, prompts: list[list[int]], numbers: list[int], prefix: RowCache | None
     ) -> Iterator[list[tuple[int, int]]]:
         """(row number, token) of every row that has not ended, token by token; a stop token is a row's last."""
-        rows = _Rows(prompts, prefix, min(self.limit, SPARE), self.model.device)
+        rows = _Rows(self.model, self._route(numbers), prompts, prefix, min(self.limit, SPARE))
         numbers, ended = list(numbers), [False] * len(numbers)
         logits = self._forward(rows.ids, rows)
         for turn in range(self.limit):
@@ -192,6 +199,22 @@ class _Writer:
                 numbers, ended = [numbers[row] for row in staying], [False] * len(staying)
             logits = self._forward(tokens[:, None], rows)
 
+    def together(self, order: list[int]) -> list[list[int]]:
+        """Rows that may share a batch: all, or, in a model whose inner shapes are not known, those of one route."""
+        if self.route is None or not self.route.rows or self.family.table:
+            return [order]
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for row in order:
+            groups.setdefault(self.route.of(row), []).append(row)
+        return list(groups.values())
+
+    def _route(self, rows: Sequence[int]) -> Route | None:
+        """The route of some rows: one for all of them where they have the same."""
+        if self.route is None or not self.route.rows:
+            return self.route
+        found = {self.route.of(row) for row in rows}
+        return Route(found.pop()) if len(found) == 1 else self.route.select(rows)
+
     def delegate(self, prompts: list[list[int]], order: list[int], size: int) -> Iterator[dict[int, Completion]]:
         """The same through transformers' loop."""
         draw = self.choose
@@ -204,28 +227,26 @@ class _Writer:
             seed=draw.seed,
         )
         for rows in delegate.batches(order, size):
-            with torch.no_grad(), self._routed():
+            with torch.no_grad(), _entered(self._route(rows)):
                 found = delegate.write([prompts[row] for row in rows], rows)
             yield {row: self._completion(ids) for row, ids in zip(rows, found, strict=True)}
 
     @torch.no_grad()
     def _forward(self, ids: Tensor, rows: _Rows) -> Tensor:
         """Logits [rows, vocabulary], float32, after ids [rows, new tokens]."""
+        holes = rows.take_holes()
         inputs: dict[str, Any] = {"input_ids": ids, **rows.advance(ids.shape[1])}
         inputs |= {"use_cache": True, "return_dict": True, "logits_to_keep": 1}
-        with self._routed():
+        with _entered(rows.route), _entered(holes):
             output = self.model(**{name: value for name, value in inputs.items() if name in self.accepted})
         logits: Tensor = output.logits[:, -1]
         return logits.float()
 
-    def _read(self, prefix: list[int]) -> RowCache:
+    def _read(self, prefix: list[int], route: Route | None) -> RowCache:
         """The cache of the shared prefix, one row."""
-        rows = _Rows([prefix], None, 0, self.model.device)
+        rows = _Rows(self.model, route, [prefix], None, 0, whole=False)
         self._forward(rows.ids, rows)
         return rows.cache
-
-    def _routed(self) -> Any:
-        return nullcontext() if self.route is None else self.route.enter()
 
     def _completion(self, ids: list[int]) -> Completion:
         stopped = bool(ids) and ids[-1] in self.stops
@@ -241,15 +262,38 @@ class _Writer:
     def _may_pad_inside(self, prompts: list[list[int]]) -> bool:
         # a window counts columns, so padding behind a shared prefix would take room in it
         window = setting(self.config, "sliding_window", "window_size")
-        return window is None or max(map(len, prompts)) + self.limit <= int(window)
+        room = layout(self.model, self.route, list(map(len, prompts)))
+        longest = max(map(len, prompts), default=0) if room is None else max(room.lengths)
+        return window is None or longest + self.limit <= int(window)
+
+
+def _entered(what: Route | Holes | None) -> AbstractContextManager[None]:
+    return nullcontext() if what is None else what.enter()
 
 
 class _Rows:
     """Rows of a batch: what each has read, which columns of the cache are its own, where it stands."""
 
-    def __init__(self, prompts: list[list[int]], prefix: RowCache | None, spare: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        route: Route | None,
+        prompts: list[list[int]],
+        prefix: RowCache | None,
+        spare: int,
+        whole: bool = True,
+    ) -> None:
+        device: torch.device = model.device
+        self.route = route
         shared = 0 if prefix is None else prefix.get_seq_length()
-        own = [prompt[shared:] for prompt in prompts]
+        room = layout(model, route, [len(prompt) for prompt in prompts])
+        rooms = [Room()] * len(prompts) if room is None else list(room.rooms)
+        if not whole:  # a prompt goes on behind this, and its infix comes then
+            rooms = [replace(one, infix=()) for one in rooms]
+        own = [
+            [*[PLACEHOLDER] * one.before, *prompt, *[PLACEHOLDER] * one.inside][shared:]
+            for one, prompt in zip(rooms, prompts, strict=True)
+        ]
         width = max(map(len, own))
         padding = [[0] * (width - len(ids)) for ids in own]
         self.ids = torch.tensor([[*pad, *ids] for pad, ids in zip(padding, own, strict=True)], device=device)
@@ -259,7 +303,27 @@ class _Rows:
         for row, pad in enumerate(padding):
             self.seen[row, shared : shared + len(pad)] = 0
         self.padded = any(padding)
-        self.ahead = torch.tensor([shared - len(pad) for pad in padding], device=device)  # position of the next column
+        # position of the next column
+        ahead = [one.keys + shared - len(pad) for one, pad in zip(rooms, padding, strict=True)]
+        self.ahead = torch.tensor(ahead, device=device)
+        self.holes = self._holes(room, rooms, [len(pad) for pad in padding], width, shared)
+
+    def _holes(self, room: Layout | None, rooms: list[Room], pads: list[int], width: int, shared: int) -> Holes | None:
+        """Where soft tokens go in the first columns; what the shared prefix holds is written already."""
+        if room is None:
+            return None
+        starts = [row * width + pad - shared for row, pad in enumerate(pads)]
+        if shared:
+            starts = [start + one.before for start, one in zip(starts, rooms, strict=True)]
+            rooms = [replace(one, prefix=()) for one in rooms]
+        return replace(room, rooms=tuple(rooms)).holes((len(rooms), width), starts, self.ids.device)
+
+    def take_holes(self) -> Holes | None:
+        """The room in the columns that come next: there is some in the first ones only."""
+        found = self.holes
+        if found is not None:
+            self.holes = Holes((0, 0))
+        return found
 
     def advance(self, tokens: int) -> dict[str, Any]:
         """The inputs that go with that many new tokens a row."""
@@ -282,3 +346,4 @@ class _Rows:
         self.seen = seen[:, columns]
         self.padded = not bool(self.seen.all())
         self.ahead = self.ahead[rows]
+        self.route = self.route if self.route is None else self.route.select(staying)

@@ -6,8 +6,9 @@ cannot do so run padded behind the same three functions; what differs is decided
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
+from copy import copy
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 
 from tunesmith.core.errors import ConfigError
 from tunesmith.models import attention, seq2seq
+from tunesmith.models.copies import swap_of
 from tunesmith.models.cross_entropy import Shaping, fused_losses, plain_losses, wide
 from tunesmith.models.families import setting
+from tunesmith.models.inputs import states
 from tunesmith.models.ports import Port
 from tunesmith.models.recompute import keep, recompute
-from tunesmith.models.route import BASE, Route, Segments
+from tunesmith.models.route import BASE, Owners, Route
 from tunesmith.models.scores import scores
 from tunesmith.models.targets import block_paths
 
@@ -58,6 +61,12 @@ class Policy:
         self.model.train(mode)
         return self
 
+    def under(self, route: Route) -> Policy:
+        """The same model under another route, for batches whose rows have adapters of their own."""
+        other = copy(self)
+        other.route = route
+        return other
+
     def recompute(self, how: Literal["none", "full"]) -> None:
         """Switches activation recomputation for the whole model."""
         blocks = [self.model.get_submodule(path) for path in block_paths(self.model, self.family)]
@@ -85,14 +94,11 @@ class Policy:
             weight, bias = self._frozen_head()
             if weight is not None:
                 return fused_losses(hidden, weight, bias, batch.targets, self.shaping)
-            return plain_losses(hidden, self._head, batch.targets, self.shaping)
+            return plain_losses(hidden, self._head, batch.targets, self.shaping, self._owners(batch, batch.sources))
 
     def hidden(self, batch: Batch) -> Tensor:
         """What the last norm gives for every token: [tokens, width], in the model's dtype."""
-        with self._running(batch) as inputs:
-            output = self.model.base_model(**inputs)
-        states: Tensor = output.last_hidden_state
-        return states[0] if self.packed else states[_places(batch)]
+        return states(self, batch, lambda inputs: self.model.base_model(**inputs).last_hidden_state)
 
     def scores(self, batch: Batch) -> Tensor:
         """What prediction heads say of each document, or each labelled token; see `scores.scores`."""
@@ -103,8 +109,8 @@ class Policy:
         self._needs_decoder()
         if not self.family.head:
             return self._own_logits(batch)[index].float()
-        hidden = self.hidden(batch)[index]
-        with self.route.enter():
+        hidden, owners = self.hidden(batch)[index], self._owners(batch, index)
+        with self.route.enter(), nullcontext() if owners is None else Owners(owners).enter():
             return self.shaping(self._head(hidden))
 
     @property
@@ -120,41 +126,19 @@ class Policy:
             return None, None
         if torch.is_grad_enabled() and any(p.requires_grad for p in plain.parameters()):
             return None, None
+        if swap_of(plain) is not None:  # which weight acts is known to the module alone
+            return None, None
         return plain.weight, plain.bias
 
     def _own_logits(self, batch: Batch) -> Tensor:
-        with self._running(batch) as inputs:
-            logits: Tensor = self.model(**inputs).logits
-        return logits[0] if self.packed else logits[_places(batch)]
+        return states(self, batch, lambda inputs: self.model(**inputs).logits)
 
-    @contextmanager
-    def _running(self, batch: Batch) -> Iterator[dict[str, Any]]:
-        """Enters the route and answers the inputs of the forward pass."""
-        offset = int(self.config.pad_token_id) + 1 if self.family.pad_offset else 0
-        # which of two texts a token is of, for models that have an embedding of it
-        types = batch.types if int(setting(self.config, "type_vocab_size") or 0) > 1 else None
-        with self.route.enter():
-            if self.packed:
-                ids, positions = batch.ids[None], batch.positions[None] + offset
-                more = {} if types is None else {"token_type_ids": types[None]}
-                with Segments(batch.lengths).enter():
-                    yield {"input_ids": ids, "position_ids": positions, **more, **self._flags}
-                return
-            places = _places(batch)
-            shape = len(batch.lengths), max(batch.lengths)
-            ids = batch.ids.new_zeros(shape).index_put(places, batch.ids)
-            seen = batch.ids.new_zeros(shape).index_put(places, torch.ones_like(batch.ids))
-            inputs = {"input_ids": ids, "attention_mask": seen, **self._flags}
-            if types is not None:
-                inputs["token_type_ids"] = types.new_zeros(shape).index_put(places, types)
-            if self.family.table:
-                # a family with a table takes positions; counted here, never found from pad ids
-                inputs["position_ids"] = batch.positions.new_zeros(shape).index_put(places, batch.positions + offset)
-            yield inputs
-
-    @property
-    def _flags(self) -> dict[str, Any]:
-        return {"use_cache": False} if self.family.kind == "decoder" else {}
+    def _owners(self, batch: Batch, index: Tensor) -> tuple[int, ...] | None:
+        """The document of each token, where documents have adapters of their own."""
+        if not self.route.rows:
+            return None
+        ends = torch.tensor(batch.lengths, device=index.device).cumsum(0)
+        return tuple(torch.searchsorted(ends, index, right=True).tolist())
 
     def _needs_decoder(self) -> None:
         if self.family.kind != "decoder":
@@ -172,14 +156,6 @@ def shaping_of(config: Any) -> Shaping:
         scale = 1.0 / float(setting(config, "logits_scaling") or 1.0)
     cap = setting(config, "final_logit_softcapping")
     return Shaping(float(scale), None if cap is None else float(cap))
-
-
-def _places(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Where each token lies in a padded batch: its row and its column."""
-    lengths = torch.tensor(batch.lengths, device=batch.ids.device)
-    rows = torch.arange(len(batch.lengths), device=batch.ids.device).repeat_interleave(lengths)
-    starts = torch.cumsum(lengths, 0) - lengths
-    return rows, torch.arange(batch.ids.numel(), device=batch.ids.device) - starts[rows]
 
 
 def _article(kind: str) -> str:

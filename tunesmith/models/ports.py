@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.core.errors import AdapterError
+from tunesmith.models.places import places
 from tunesmith.models.route import Attached
+from tunesmith.models.soft import current_holes
 
 if TYPE_CHECKING:
     from tunesmith.models.targets import Rows, Target
@@ -68,8 +70,9 @@ class Insert(nn.Module):
 
         W (x * l) for a method that scales what goes in: its delta is `insert.mapped(x * (l - 1))`.
         """
-        weight = self.port.base.weight
-        out = x @ weight if port_kind(self.port) == "conv1d" else nn.functional.linear(x, weight)  # type: ignore[arg-type,operator]
+        out: Tensor = self.port.base(x)
+        bias = self.port.base._parameters.get("bias")
+        out = out if bias is None else out - bias
         return out if self.rows is None else gathered(out, self.rows)
 
     def rerun(self, x: Tensor, **changes: Tensor) -> Tensor:
@@ -91,6 +94,48 @@ class Insert(nn.Module):
         if self.rows is not None:
             delta = spread(delta, self.rows)
         return y + delta
+
+
+class SoftTokens(Insert):
+    """Trained vectors that stand where no token is; at the port of the embedding that documents go through.
+
+    Nothing is added to any token. Documents get room for the vectors in `soft.py`; here they are written into it, as
+    they are: what an embedding does to its own rows (gemma's factor) is not done to them, as in peft.
+
+    Attributes:
+        before, inside: how many stand before a document, and how many in it, where its first answer begins. The
+            parameter `vectors` [before + inside, width] holds them in this order.
+    """
+
+    def __init__(self, method: Acts, vectors: nn.Parameter, before: int, inside: int = 0) -> None:
+        super().__init__(method, {"vectors": vectors}, None, 1.0)
+        self.before, self.inside = before, inside
+
+    def added(self, x: Tensor, y: Tensor, factor: Tensor | None = None) -> Tensor:
+        """The output as it is."""
+        return y
+
+
+class Keys(Insert):
+    """Trained keys or values that stand before those of a document; at the port of the map that makes the others.
+
+    Nothing is added to any token. `attention.py` finds them through `prefixes.py` and asks the method for them.
+
+    Attributes:
+        length: how many.
+    """
+
+    def __init__(self, method: Acts, parameters: dict[str, nn.Parameter], length: int) -> None:
+        super().__init__(method, parameters, None, 1.0)
+        self.length = length
+
+    def added(self, x: Tensor, y: Tensor, factor: Tensor | None = None) -> Tensor:
+        """The output as it is."""
+        return y
+
+    def states(self) -> Tensor:
+        """The keys or values: [length, output features of the role]."""
+        return self["states"]
 
 
 def spread(values: Tensor, rows: Rows) -> Tensor:
@@ -153,8 +198,11 @@ class Port(nn.Module):
     def acting(self) -> Iterator[Insert]:
         """The inserts that act here in this forward pass."""
         for share in self.attached.shares():
-            if share.adapter in self.inserts:
-                yield from self.inserts[share.adapter].values()  # type: ignore[operator,misc]
+            yield from self.of(share.adapter)
+
+    def of(self, adapter: str) -> list[Insert]:
+        """The inserts of one adapter here."""
+        return list(self.inserts[adapter].values()) if adapter in self.inserts else []  # type: ignore[operator,arg-type]
 
     def put(self, adapter: str, role: str, insert: Insert) -> None:
         """Adds an insert."""
@@ -162,14 +210,24 @@ class Port(nn.Module):
             self.inserts.put(adapter, Named())
         self.inserts[adapter].put(role, insert)  # type: ignore[operator]
         insert.__dict__["port"] = self  # not as a submodule: it is what holds the insert
+        if isinstance(insert, SoftTokens):
+            self.attached.soft[adapter] = insert
+        elif isinstance(insert, Keys):
+            self.attached.keys[adapter] = insert.length
         self.inserts.train(self.training)  # new modules train by default: dropout would act in evaluation
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out]; for an embedding, ids [...] to [..., width]."""
-        y = self.base(x)
+        y: Tensor = self.base(x)
         factor = getattr(self.base, "embed_scale", None)
-        for insert in self.acting():
-            y = insert.added(x, y, factor)
+        for share in self.attached.shares():
+            for insert in self.of(share.adapter):
+                found = places(share, x)
+                if found is None:
+                    y = insert.added(x, y, factor)
+                else:
+                    part = insert.added(x.index_select(*found), y.index_select(*found), factor)
+                    y = y.index_copy(*found, part)
         return y
 
     def extra_repr(self) -> str:
@@ -182,6 +240,34 @@ class LinearPort(Port):
 
 class EmbeddingPort(Port):
     """A port at an embedding. What its inserts add is scaled as the embedding scales its own rows (gemma)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """ids [...] to [..., width], with soft tokens in the room that was made for them.
+
+        Raises AdapterError where soft tokens act and nobody made room.
+        """
+        y = super().forward(x)
+        soft = {share.adapter: self.soft(share.adapter) for share in self.attached.shares()}
+        if not any(soft.values()):
+            return y
+        holes = current_holes()
+        if holes is None:
+            raise AdapterError(
+                f"{', '.join(name for name in soft if soft[name])}: soft tokens need room in the documents",
+                hint="run the model through Policy or generate, which make it",
+            )
+        if x.shape != holes.shape:
+            return y
+        for adapter, at, numbers in holes.puts:
+            insert = soft.get(adapter)
+            if insert is not None:
+                vectors = insert["vectors"].to(y.dtype)[numbers]
+                y = y.flatten(0, 1).index_put((at,), vectors).view(y.shape)
+        return y
+
+    def soft(self, adapter: str) -> SoftTokens | None:
+        """An adapter's soft tokens, if they are here."""
+        return next((insert for insert in self.of(adapter) if isinstance(insert, SoftTokens)), None)
 
 
 class NormPort(Port):
@@ -231,9 +317,11 @@ def remove(model: nn.Module, adapter: str) -> None:
             port.inserts.drop(adapter)
         if not len(port.inserts):
             _replace(model, port.path, port.base)
-    names = attached_to(model).names
-    if adapter in names:
-        names.remove(adapter)
+    attached = attached_to(model)
+    if adapter in attached.names:
+        attached.names.remove(adapter)
+    attached.soft.pop(adapter, None)
+    attached.keys.pop(adapter, None)
 
 
 def ports(model: nn.Module) -> list[Port]:

@@ -6,8 +6,8 @@ that a backward pass sees what its forward saw. Ports (`ports.py`) and attention
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +20,33 @@ class Route:
     """Which adapters act, together: their deltas add up. No adapters is the base model.
 
     Use as `with route.enter(): model(...)`.
+
+    Attributes:
+        adapters: those that act, or, where rows differ, all that act on any of them.
+        rows: the adapters of each row, where they differ: of each document of a packed batch, of each prompt, of each
+            line of a padded batch. Made by `of_rows`.
     """
 
     adapters: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+
+    @classmethod
+    def of_rows(cls, *rows: Sequence[str]) -> Route:
+        """A route for each row of a batch: `Route.of_rows(("a",), (), ("b", "c"))`; a name alone is `(name,)`."""
+        held = tuple((row,) if isinstance(row, str) else tuple(row) for row in rows)
+        return cls(tuple(dict.fromkeys(name for row in held for name in row)), held)
+
+    def of(self, row: int) -> tuple[str, ...]:
+        """The adapters of one row."""
+        return self.rows[row] if self.rows else self.adapters
+
+    def select(self, rows: Sequence[int]) -> Route:
+        """The route of some of its rows, in that order. One for all rows is itself."""
+        return Route.of_rows(*(self.rows[row] for row in rows)) if self.rows else self
 
     def enter(self) -> AbstractContextManager[None]:
         """Makes this the route of every forward pass within."""
-        return _holding(_route, self)
+        return holding(_route, self)
 
 
 BASE = Route()
@@ -44,22 +64,51 @@ class Segments:
 
     def enter(self) -> AbstractContextManager[None]:
         """Makes attention of every forward pass within stay inside documents."""
-        return _holding(_segments, self)
+        return holding(_segments, self)
+
+
+@dataclass(frozen=True)
+class Owners:
+    """Which row each entry of an input is of, where entries were picked from many rows: states before the head.
+
+    Attributes:
+        rows: one number an entry.
+    """
+
+    rows: tuple[int, ...]
+
+    def enter(self) -> AbstractContextManager[None]:
+        """Makes ports within take entries for those rows'."""
+        return holding(_owners, self)
 
 
 @dataclass(frozen=True)
 class Share:
     """One adapter's part in a forward pass.
 
-    Today a share is all of the input. An adapter per document becomes a share with a token range here, found from
-    the route and the segments; ports ask for shares already.
+    Attributes:
+        adapter: its name.
+        rows: the rows that it acts on; None for all. Where they lie in an input is told by `places.py`.
+        count: how many rows there are.
     """
 
     adapter: str
+    rows: tuple[int, ...] | None = None
+    count: int = 0
 
 
-_route: ContextVar[Route | None] = ContextVar("tunesmith_route", default=None)
-_segments: ContextVar[Segments | None] = ContextVar("tunesmith_segments", default=None)
+_entered: list[ContextVar[Any]] = []
+
+
+def entered(name: str) -> ContextVar[Any]:
+    """A context variable, None by default, that a recomputation gets as its forward had it."""
+    _entered.append(ContextVar(f"tunesmith_{name}", default=None))
+    return _entered[-1]
+
+
+_route: ContextVar[Route | None] = entered("route")
+_segments: ContextVar[Segments | None] = entered("segments")
+_owners: ContextVar[Owners | None] = entered("owners")
 
 
 def current_route() -> Route | None:
@@ -72,6 +121,11 @@ def current_segments() -> Segments | None:
     return _segments.get()
 
 
+def current_owners() -> Owners | None:
+    """Whose the entries of an input are, or None where it holds whole rows."""
+    return _owners.get()
+
+
 class Attached:
     """The adapters that are on one model, shared by all of its ports.
 
@@ -80,11 +134,15 @@ class Attached:
         merged: those whose deltas are in the weights now.
         restore: puts the weights back that merging replaced.
         heads: the prediction head (`heads.Head`) of each adapter that has one.
+        soft: the soft tokens (`ports.SoftTokens`) of each adapter that has some.
+        keys: how many keys each adapter puts before those of a document, for adapters that do.
     """
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.heads: dict[str, Any] = {}
+        self.soft: dict[str, Any] = {}
+        self.keys: dict[str, int] = {}
         self.merged: tuple[str, ...] = ()
         self.restore: Callable[[], None] | None = None
 
@@ -95,45 +153,58 @@ class Attached:
             AdapterError: no route was entered and several adapters are attached; the route names one that is not
                 there; or it asks for something else than what is merged.
         """
-        route = _route.get()
+        route = self.settled(_route.get())
+        if not route.rows:
+            return tuple(map(Share, route.adapters))
+        # rows with the same adapters together, and these in their order: what one adds to may be what another added
+        count = len(route.rows)
+        groups = {names: tuple(row for row in range(count) if route.rows[row] == names) for names in route.rows}
+        return tuple(Share(name, rows, count) for names, rows in groups.items() for name in names)
+
+    def settled(self, route: Route | None) -> Route:
+        """The route that acts: the one given, or of what is attached; empty where it is merged. Raises as `shares`."""
         if self.merged:
-            return self._merged_shares(route)
+            self._check_merged(route)
+            return BASE
         if route is None:
             if len(self.names) > 1:
                 raise AdapterError(
                     f"several adapters are attached: {', '.join(self.names)}; say which act",
                     hint="run the model within `with route.enter():`, as in Route(adapters=('a',))",
                 )
-            return tuple(map(Share, self.names))
+            return Route(tuple(self.names))
         for name in route.adapters:
             if name not in self.names:
                 there = ", ".join(self.names) or "none"
                 raise AdapterError(f"no adapter {name!r} is attached; there are: {there}")
-        return tuple(map(Share, route.adapters))
+        return route
 
-    def _merged_shares(self, route: Route | None) -> tuple[Share, ...]:
-        if route is not None and set(route.adapters) != set(self.merged):
-            wanted = ", ".join(route.adapters) or "the base"
-            raise AdapterError(
-                f"the weights hold {', '.join(self.merged)} (merged), but the route asks for {wanted}",
-                hint="unmerge first",
-            )
-        return ()
+    def _check_merged(self, route: Route | None) -> None:
+        for names in () if route is None else set(route.rows or [route.adapters]):
+            if set(names) != set(self.merged):
+                raise AdapterError(
+                    f"the weights hold {', '.join(self.merged)} (merged), but the route asks for "
+                    f"{', '.join(names) or 'the base'}",
+                    hint="unmerge first",
+                )
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """`context_fn` for `torch.utils.checkpoint`: the recomputation gets the route and segments of the forward."""
-    return nullcontext(), _both(_route.get(), _segments.get())
+    """`context_fn` for `torch.utils.checkpoint`: the recomputation gets what the forward had entered."""
+    return nullcontext(), _again([(variable, variable.get()) for variable in _entered])
 
 
 @contextmanager
-def _both(route: Route | None, segments: Segments | None) -> Iterator[None]:
-    with _holding(_route, route), _holding(_segments, segments):
+def _again(values: Sequence[tuple[ContextVar[Any], Any]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for variable, value in values:
+            stack.enter_context(holding(variable, value))
         yield
 
 
 @contextmanager
-def _holding(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+def holding(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    """Gives a context variable a value for the block."""
     token = variable.set(value)
     try:
         yield
