@@ -79,6 +79,14 @@ def test_adapters_that_are_attached_leave_no_trace(tmp_path):
     save_gguf(loaded, tmp_path / "model.gguf")
 
 
+def test_saving_says_nothing_of_its_own(tmp_path, capfd):
+    """Kills: transformers' bar of shards between our lines."""
+    loaded = load(tiny_folder(tmp_path / "base", "llama"))
+    capfd.readouterr()
+    save_merged(loaded, tmp_path / "merged")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_shards_are_written_when_asked_for(tmp_path):
     loaded = load(tiny_folder(tmp_path / "base"))
     folder = save_merged(loaded, tmp_path / "merged", shard_bytes=20_000)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunesmith.models.load import quiet
 from tunesmith.models.ports import base_state
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ TOKENIZER_FILES = (
 def write_model(loaded: Loaded, folder: Path, shard_bytes: int = 2_000_000_000) -> None:
     """Writes weights, config and tokenizer into a folder that exists. Inserts that are not merged are left out."""
     # transformers saves: some families are stored under other names than they have in memory
-    loaded.model.save_pretrained(folder, state_dict=base_state(loaded.model), max_shard_size=shard_bytes)
+    with quiet():
+        loaded.model.save_pretrained(folder, state_dict=base_state(loaded.model), max_shard_size=shard_bytes)
     for name in TOKENIZER_FILES:
         if (loaded.folder / name).is_file():
             shutil.copyfile(loaded.folder / name, folder / name)
