@@ -21,9 +21,9 @@ from tunesmith.models.route import BASE
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 2}, "top_layers": {"layers": 1}, "adapter": {"size": 3}, "subspace": {"dimension": 20}
 }  # fmt: skip
-IN_PLACE = {"full"}
+IN_PLACE = {"full", "lp_ft"}
 # what a family cannot have: the method says so by name
-REFUSED = {(kind, family): "bert|mpnet" for kind in ("linear_probe",) for family in ("bert", "mpnet")}
+REFUSED = {(kind, family): "bert|mpnet" for kind in ("linear_probe", "lp_ft") for family in ("bert", "mpnet")}
 
 
 def check_method(method: Method, family: str, dtype: torch.dtype, folder: Path) -> None:

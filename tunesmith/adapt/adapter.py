@@ -19,7 +19,7 @@ from tunesmith.models.ports import attached_to, freeze, install, ports, remove
 from tunesmith.models.route import BASE, Route
 
 if TYPE_CHECKING:
-    from tunesmith.adapt.method import Method
+    from tunesmith.adapt.method import Method, Phase
     from tunesmith.models.heads import Head
     from tunesmith.models.load import Loaded
     from tunesmith.models.ports import Insert, Port
@@ -38,6 +38,7 @@ class Adapter:
         trained: base parameters that it trains, or its copies of them, by path.
         replaced: the base's own parameter at every place where it has a copy.
         lr_factors: parameters that learn at another rate: name to what the learning rate is multiplied by.
+        phases: parts of a run in which different parameters train; none is one for all.
         seed: what its method draws from it must be drawn again when it is loaded; saved with it.
         head: its prediction head, where the model is to predict.
     """
@@ -52,6 +53,7 @@ class Adapter:
         self.name, self.method, self.loaded = name, method, loaded
         self.trained: dict[str, nn.Parameter] = {}
         self.replaced: dict[str, nn.Parameter] = {}
+        self.phases: tuple[Phase, ...] = ()
         self.seed = 0
         self.head: Head | None = None
         self.lr_factors: dict[str, float] = {}
@@ -78,7 +80,11 @@ class Adapter:
         self.replaced |= put_copy(self.loaded.model, self.name, paths, copy)
 
     def train_in_place(self) -> None:
-        """Trains every parameter of the model itself."""
+        """Trains every parameter of the model itself. Raises AdapterError when another adapter is attached."""
+        others = attached_to(self.loaded.model).names
+        if others:
+            told = f"{self.method.kind} changes the base below the adapter {others[0]}"
+            raise AdapterError(told, hint="detach it first")
         for path, parameter in self.loaded.model.named_parameters():
             parameter.requires_grad_(True)
             self.trained[path] = parameter

@@ -19,12 +19,7 @@ class Full(Method):
     def attach(self, loaded: Loaded, name: str = "default", seed: int = 0) -> Adapter:
         """Unfreezes every parameter. Raises AdapterError when another adapter is attached."""
         from tunesmith.adapt.adapter import Adapter
-        from tunesmith.core.errors import AdapterError
-        from tunesmith.models.ports import attached_to
 
-        others = attached_to(loaded.model).names
-        if others:
-            raise AdapterError(f"full tuning changes the base below the adapter {others[0]}", hint="detach it first")
         adapter = Adapter(name, self, loaded)
         adapter.train_in_place()
         return adapter.close()

@@ -7,6 +7,7 @@ in `adapter.py`. One method a file; the table is in `methods.py`. Importing this
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tunesmith.core.section import Section
@@ -18,6 +19,19 @@ if TYPE_CHECKING:
     from tunesmith.models.load import Loaded
     from tunesmith.models.ports import Insert
     from tunesmith.models.targets import Target
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run in which some of an adapter's parameters train; the next begins with fresh moments.
+
+    Attributes:
+        until: the share of all steps that are done when it ends.
+        names: what trains, by the names of `Adapter.parameters`; None is all.
+    """
+
+    until: float
+    names: frozenset[str] | None = None
 
 
 class Method(Section):

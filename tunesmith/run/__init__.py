@@ -167,6 +167,8 @@ class _Tuned:
     def __init__(self, adapter: Adapter, policy: Policy) -> None:
         self.parameters = adapter.parameters
         self.policy = policy
+        self.phases = adapter.phases
+        self.lr_factors = adapter.lr_factors
 
 
 def _train(

@@ -7,6 +7,7 @@ the masters. What is trained is decided by the caller: exactly the tensors given
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -24,25 +25,40 @@ class AdamW:
 
     Args:
         masters: what is trained, by name. Raises AdapterError when there is nothing, or a tensor twice.
+        lr_factors: what the learning rate of some of them is multiplied by, by name.
     """
 
-    def __init__(self, masters: Mapping[str, nn.Parameter], *, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        masters: Mapping[str, nn.Parameter],
+        *,
+        weight_decay: float = 0.0,
+        lr_factors: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         if not masters:
             raise AdapterError("nothing is trainable", where="method")
         if len({id(master) for master in masters.values()}) != len(masters):
             raise AdapterError("one tensor is declared trainable under two names", where="method")
         self.masters = dict(masters)
-        matrices = [master for master in masters.values() if master.ndim >= 2]
-        others = [master for master in masters.values() if master.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, master in masters.items():
+            decay = weight_decay if master.ndim >= 2 else 0.0
+            groups.setdefault((decay, lr_factors.get(name, 1.0)), []).append(master)
         self.inner = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=0.0, betas=BETAS, eps=EPS, fused=True
+            [
+                {"params": held, "weight_decay": decay, "lr_factor": factor}
+                for (decay, factor), held in groups.items()
+            ],
+            lr=0.0,
+            betas=BETAS,
+            eps=EPS,
+            fused=True,
         )
 
     def step(self, lr: float) -> None:
-        """One update with the gradients that the masters hold."""
+        """One update with the gradients that the masters hold, at this rate times what each has as its factor."""
         for group in self.inner.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         self.inner.step()
 
     def state(self) -> dict[str, Tensor]:

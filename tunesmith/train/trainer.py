@@ -24,6 +24,7 @@ from tunesmith.parallel.layout import Layout, Single
 from tunesmith.train.checkpoint import MOMENTS, WEIGHTS, Checkpoint, Checkpoints, State
 from tunesmith.train.log import MetricsLog, peak_bytes
 from tunesmith.train.optim import FIRST, SECOND, AdamW
+from tunesmith.train.phases import span_of, train_only
 from tunesmith.train.precision import Precision
 from tunesmith.train.schedule import learning_rate
 from tunesmith.train.step import accumulate, fill_missing, update
@@ -111,7 +112,9 @@ class _Run:
         self.policy, self.objective, self.settings, self.layout = tuned.policy, objective, settings, layout
         self.total_steps = total_steps
         self.precision = Precision(tuned.parameters, precision)
-        self.optimizer = AdamW(self.precision.masters, weight_decay=settings.weight_decay)
+        self.phases = tuple(getattr(tuned, "phases", ()))
+        self.lr_factors = dict(getattr(tuned, "lr_factors", {}))
+        self._enter(1)
         self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
         self.state = State()
         self.device = next(iter(tuned.parameters.values())).device
@@ -120,6 +123,17 @@ class _Run:
         self.saved_step, self.weights_step = -1, 0
 
     # beginning
+
+    def _enter(self, step: int) -> bool:
+        """Makes what trains in a step's phase what the optimizer has, without moments; whether anything changed."""
+        span = span_of(self.phases, self.precision.masters, step, self.total_steps)
+        if span == getattr(self, "span", None):
+            return False
+        self.span = span
+        train_only(self.precision.parameters, span.names)
+        masters = {name: self.precision.masters[name] for name in span.names}
+        self.optimizer = AdamW(masters, weight_decay=self.settings.weight_decay, lr_factors=self.lr_factors)
+        return True
 
     def begin(self, resume: bool) -> None:
         """Starts at step 0, or where the newest complete checkpoint ends."""
@@ -140,11 +154,12 @@ class _Run:
         log.info("resuming after step %d", self.state.step)
 
     def _adopt(self, found: Checkpoint) -> None:
-        masters = self.precision.masters
-        found.read(WEIGHTS, masters)
+        found.read(WEIGHTS, self.precision.masters)
+        self._enter(max(1, found.state.step))
+        masters = self.optimizer.masters
         moments = {kind + name: torch.empty_like(masters[name]) for name in masters for kind in (FIRST, SECOND)}
         found.read(MOMENTS, moments)
-        self.optimizer.restore(moments, found.state.step)
+        self.optimizer.restore(moments, found.state.step - self.span.before_steps)
         self.precision.publish()
         self.state = found.state
         self.resumed_step = self.saved_step = self.weights_step = found.state.step
@@ -184,12 +199,14 @@ class _Run:
     def _step(self, step: Step) -> Record:
         """One update and what it was like."""
         state, number = self.state, self.state.step + 1
+        if self._enter(number):
+            log.info("step %d: phase %d, %d tensors train", number, self.span.number, len(self.span.names))
         batches = [self.collate(examples).to(self.device) for examples in step.micro_batches]
         lr = learning_rate(self.settings, number, self.total_steps)
         self.policy.train(True)
         try:
             loss = accumulate(self.objective, self.policy, batches, self.precision, self.layout, self._reseed(number))
-            fill_missing(self.precision.masters, first=number == self.resumed_step + 1)
+            fill_missing(self.optimizer.masters, first=number == self.resumed_step + 1)
             norm = update(self.optimizer, self.precision, self.layout, lr=lr, clip=self.settings.clip, rows=batches)
         except DivergedError as error:
             raise self._diverged(error, number) from error

@@ -27,6 +27,10 @@ class Tuned(Protocol):
     Attributes:
         parameters: all that is trained, by name, sorted; each tensor once.
         policy: the model as objectives see it.
+        phases: parts of the run in which different parameters train (`adapt.method.Phase`); without the attribute, or
+            where it is empty, all train from the first step to the last.
+        lr_factors: what the learning rate of some parameters is multiplied by, by name; without the attribute, or
+            where it is empty, all have the same.
     """
 
     @property
