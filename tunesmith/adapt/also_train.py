@@ -17,39 +17,34 @@ from tunesmith.models.targets import match, norm_paths, nothing
 if TYPE_CHECKING:
     from torch import nn
 
-    from tunesmith.adapt.adapter import Adapter
     from tunesmith.models.load import Loaded
 
 WHERE = "method.also_train"
 
 
-def modules_of(loaded: Loaded, names: Iterable[str]) -> dict[str, list[str]]:
-    """The modules that names mean: a role, or the end of a module's name, to their paths in the order of the model.
+def groups(loaded: Loaded, names: Iterable[str], tie: bool, taken: set[str]) -> list[list[str]]:
+    """The parameters that names mean, by path; those of a group are one in the base and train as one copy.
+
+    Args:
+        names: roles, or ends of module names.
+        tie: a weight that other places share stays shared with them.
+        taken: modules with a low-rank change, which can not train whole as well.
 
     Raises:
-        ConfigError: a name means nothing, or only a part of a map that several roles share.
+        ConfigError: a name means nothing, a part of a map, or what is taken.
     """
-    return {name: _modules(loaded, name) for name in names}
-
-
-def train(adapter: Adapter, found: dict[str, list[str]], tie: bool) -> None:
-    """Lets copies of all parameters of these modules train.
-
-    Raises:
-        ConfigError: `tie` where nothing is tied.
-    """
-    model = adapter.loaded.model
-    tied = False
-    for paths in found.values():
-        mine = [f"{path}.{leaf}" for path in paths for leaf in _leaves(model.get_submodule(path))]
+    found: list[list[str]] = []
+    for name in names:
+        paths = _modules(loaded, name)
+        clash = [path for path in paths if path in taken]
+        if clash:
+            raise ConfigError(f"{clash[0]} is a target, too", where=WHERE, hint="leave it out there or here")
+        mine = [f"{path}.{leaf}" for path in paths for leaf in _leaves(loaded.model.get_submodule(path))]
         for path in mine:
-            if path in adapter.replaced:
-                continue
-            shared = sharing(model, path)
-            tied = tied or len(shared) > 1
-            adapter.train_copy(*(shared if tie else [other for other in shared if other in mine]))
-    if tie and not tied:
-        raise ConfigError("no weight of what is trained is shared", where="method.tie", hint="leave it out")
+            if not any(path in group for group in found):
+                shared = sharing(loaded.model, path)
+                found.append(shared if tie else [other for other in shared if other in mine])
+    return found
 
 
 def _modules(loaded: Loaded, name: str) -> list[str]:

@@ -1,18 +1,20 @@
-"""LoRA: a low-rank change beside chosen linear maps, y = W x + s B A x (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA: a low-rank change beside chosen maps, y = W x + s B A x (Hu et al. 2021, arXiv 2106.09685).
 
 B starts at zero, so that the adapted model is the base at step 0; at an embedding it is A, as in the authors' code.
-Factors are float32 and are cast to the dtype of the activations where they act.
+Factors are float32 and are cast to the dtype of the activations where they act. Whole parameters that train as well
+are `also_train.py`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tunesmith.adapt.method import Method
 from tunesmith.core.errors import ConfigError
 from tunesmith.core.section import Names
+from tunesmith.models.families import GROUPS, ROLES
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from tunesmith.models.load import Loaded
     from tunesmith.models.ports import Insert
     from tunesmith.models.targets import Target
+
+Rank = Annotated[int, Field(ge=1)]
 
 
 class LoRA(Method):
@@ -32,20 +36,51 @@ class LoRA(Method):
         targets: roles, ends of module names, or regexes.
         dropout: share of the factor's inputs that are zeroed in training.
         rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv 2312.03732, equation 6).
+        ranks: roles with a rank of their own; it takes the place of `rank` in the scale, too.
+        lr_ratio: the learning rate of B in that of A (LoRA+, Hayou et al. 2024, arXiv 2402.12354). What takes the
+            ratio is the factor that starts at zero: at an embedding it is A.
+        also_train: roles or module names whose parameters train whole.
+        tie: where embedding and head share a weight and one of them is in `also_train`, they go on sharing it.
     """
 
     kind: Literal["lora"] = "lora"
-    rank: int = Field(default=8, ge=1)
+    rank: Rank = 8
     alpha: float | None = Field(default=None, gt=0)
     targets: Names = Field(default=("q", "v"), min_length=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     rslora: bool = False
+    ranks: dict[str, Rank] = {}
+    lr_ratio: float = Field(default=1.0, gt=0)
+    also_train: Names = ()
+    tie: bool = False
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> LoRA:
+        both = sorted(set(self.targets) & set(self.also_train))
+        if both:
+            raise ValueError(f"{both[0]} is in targets and in also_train; choose one")
+        if self.tie and not self.also_train:
+            raise ValueError("tie has no effect without also_train")
+        if set(self.targets) <= set(ROLES):
+            unused = self._unused_rank({role for target in self.targets for role in GROUPS.get(target, (target,))})
+            if unused:
+                raise ValueError(f"ranks: {unused!r} is none of the targets")
+        return self
 
     @property
     def scale(self) -> float:
-        """Factor of B A."""
-        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
-        return float(alpha / (self.rank**0.5 if self.rslora else self.rank))
+        """Factor of B A where a role has no rank of its own."""
+        return self.scaled(self.rank)
+
+    def scaled(self, rank: int) -> float:
+        """Factor of B A at a rank."""
+        alpha = 2.0 * rank if self.alpha is None else self.alpha
+        return float(alpha / (rank**0.5 if self.rslora else rank))
+
+    def rank_at(self, role: str) -> int:
+        """The rank of a role: its own, its group's, or the common one."""
+        groups = [group for group, parts in GROUPS.items() if role in parts]
+        return next((self.ranks[name] for name in (role, *groups) if name in self.ranks), self.rank)
 
     def check(self, config: dict[str, Any]) -> None:
         """Raises ConfigError for a target that the family does not have, or that is no map."""
@@ -53,31 +88,39 @@ class LoRA(Method):
 
         self._no_norms()
         check_targets(config, self.targets)
+        check_targets(config, self.also_train, "method.also_train")
 
     def attach(self, loaded: Loaded, name: str = "default", seed: int = 0) -> Adapter:
-        """Puts a pair of factors at every target.
+        """Puts a pair of factors at every target, and copies at what trains whole.
 
         Raises:
             ConfigError: a target matches nothing, or the rank is larger than one of the maps.
             AdapterError: the name is taken.
         """
-        from tunesmith.adapt.adapter import Adapter
+        for target in self.places(loaded):
+            self._fits(loaded.model, target)
+        return self._attached(loaded, name, seed)
+
+    def blank(self, loaded: Loaded, name: str = "default") -> Adapter:
+        """The same without a start, to be filled from a file: any rank, no decomposition."""
+        return self._attached(loaded, name, None)
+
+    def places(self, loaded: Loaded) -> list[Target]:
+        """The maps that targets mean. Raises ConfigError where one means nothing."""
         from tunesmith.models.targets import match
 
         self._no_norms()
         targets = match(loaded.model, loaded.family, self.targets)
-        for target in targets:
-            self._sizes(loaded.model, target)
-        adapter = Adapter(name, self, loaded)
-        for target in targets:
-            adapter.add(target, self.insert(loaded.model, target, seed))
-        return adapter.close()
+        unused = self._unused_rank({target.role for target in targets})
+        if unused:
+            raise ConfigError(f"{unused!r} is none of the targets", where="method.ranks")
+        return targets
 
-    def insert(self, model: nn.Module, target: Target, seed: int = 0) -> Insert:
+    def insert(self, model: nn.Module, target: Target, seed: int | None = 0) -> Insert:
         """Fresh factors for a target: A [rank, inputs] uniform as for a linear map, B [outputs, rank] zero.
 
-        Raises:
-            ConfigError: the rank is larger than the map.
+        Args:
+            seed: None leaves both at zero.
         """
         import torch
         from torch import nn
@@ -85,55 +128,99 @@ class LoRA(Method):
         from tunesmith.core.rng import torch_generator
         from tunesmith.models.ports import Insert
 
-        inputs, outputs, embedding = self._sizes(model, target)
-        device = next(model.get_submodule(target.path).parameters(recurse=False)).device
+        module, rank = model.get_submodule(target.path), self.rank_at(target.role)
+        inputs, outputs, is_embedding = _sizes(module, target)
+        device = next(module.parameters(recurse=False)).device
         # drawn on the CPU from (seed, place) alone: the same on every device and after any other draw
         place = torch.device("meta" if device.type == "meta" else "cpu")
-        a, b = torch.zeros(self.rank, inputs, device=place), torch.zeros(outputs, self.rank, device=place)
-        if device.type != "meta":
+        a, b = torch.zeros(rank, inputs, device=place), torch.zeros(outputs, rank, device=place)
+        if seed is not None and device.type != "meta":
             draw = torch_generator(seed, "init", target.path, target.role)
-            if embedding:
+            if is_embedding:
                 b.normal_(generator=draw)
             else:
                 a.uniform_(-(inputs**-0.5), inputs**-0.5, generator=draw)
         factors = {"A": nn.Parameter(a.to(device)), "B": nn.Parameter(b.to(device))}
-        return Insert(self, factors, target.rows, self.scale)
+        return Insert(self, factors, target.rows, self.scaled(rank))
 
     def delta(self, insert: Insert, x: Tensor, y: Tensor) -> Tensor:
         """s B A x in the dtype of y: [..., outputs]. For an embedding, x holds ids."""
-        import torch
-        from torch.nn.functional import dropout, embedding, linear
+        return low_rank(insert["A"], insert["B"], insert.scale, self.dropped(insert, x), y.dtype)
 
-        a, b = insert["A"].to(y.dtype), insert["B"].to(y.dtype)
-        if not torch.is_floating_point(x):
-            return linear(embedding(x, a.T) * insert.scale, b)
-        if self.dropout and insert.training:
-            x = dropout(x, self.dropout)
-        # the scale on the narrow side: rank numbers a token rather than outputs
-        return linear(linear(x, a) * insert.scale, b)
+    def dropped(self, insert: Insert, x: Tensor) -> Tensor:
+        """The input of the factors: x, with dropout in training; ids stay what they are."""
+        import torch
+        from torch.nn.functional import dropout
+
+        if self.dropout and insert.training and torch.is_floating_point(x):
+            return dropout(x, self.dropout)
+        return x
+
+    def factors(self, insert: Insert) -> tuple[Tensor, Tensor]:
+        """What the change is made of, s B A: A [rank, inputs] and B [outputs, rank]."""
+        return insert["A"].detach(), insert["B"].detach()
 
     def weight(self, insert: Insert) -> Tensor:
         """s B A in float32: [outputs, inputs]."""
-        return (insert["B"].detach().float() @ insert["A"].detach().float()) * insert.scale
+        a, b = self.factors(insert)
+        return (b.float() @ a.float()) * insert.scale
+
+    def _attached(self, loaded: Loaded, name: str, seed: int | None) -> Adapter:
+        from tunesmith.adapt.adapter import Adapter
+        from tunesmith.adapt.also_train import groups
+        from tunesmith.models.ports import port_kind
+
+        targets = self.places(loaded)
+        whole = groups(loaded, self.also_train, self.tie, {target.path for target in targets})
+        if self.tie and all(len(paths) == 1 for paths in whole):
+            raise ConfigError("no weight of what is trained whole is shared", where="method.tie", hint="leave it out")
+        made = [(target, self.insert(loaded.model, target, seed)) for target in targets]
+        adapter = Adapter(name, self, loaded)
+        for target, insert in made:
+            adapter.add(target, insert)
+        for paths in whole:
+            adapter.train_copy(*paths)
+        if self.lr_ratio != 1:
+            adapter.lr_factors = {
+                f"{port.path}.{role}.{'A' if port_kind(port) == 'embedding' else 'B'}": self.lr_ratio
+                for port, role, _ in adapter.inserts()
+            }
+        return adapter.close()
 
     def _no_norms(self) -> None:
         if "norm" in self.targets:
             raise ConfigError("norm is no linear map, and lora acts on linear maps", where="method.targets")
 
-    def _sizes(self, model: nn.Module, target: Target) -> tuple[int, int, bool]:
-        """Input features, output features of the role, and whether the map is an embedding."""
-        from tunesmith.models.ports import port_kind
+    def _unused_rank(self, roles: set[str]) -> str | None:
+        return next((name for name in self.ranks if not roles & {name, *GROUPS.get(name, ())}), None)
 
-        module = model.get_submodule(target.path)
-        kind = port_kind(module)
-        first, second = module.weight.shape  # type: ignore[misc,union-attr]
-        inputs, outputs = (second, first) if kind == "linear" else (first, second)
-        outputs = outputs if target.rows is None else target.rows.count
+    def _fits(self, model: nn.Module, target: Target) -> None:
+        rank, (inputs, outputs, _) = self.rank_at(target.role), _sizes(model.get_submodule(target.path), target)
         limit = min(inputs, outputs)
-        if self.rank > limit:
+        if rank > limit:
             raise ConfigError(
-                f"{self.rank} is more than {limit}, the smaller side of {target.path} ({outputs} x {inputs})",
-                where="method.rank",
+                f"{rank} is more than {limit}, the smaller side of {target.path} ({outputs} x {inputs})",
+                where="method.ranks" if rank != self.rank else "method.rank",
                 hint=f"a rank of at most {limit}, or other targets",
             )
-        return inputs, outputs, kind == "embedding"
+
+
+def low_rank(a: Tensor, b: Tensor, scale: float, x: Tensor, dtype: Any) -> Tensor:
+    """s B A x: [..., outputs] in a dtype. For an embedding, x holds ids."""
+    import torch
+    from torch.nn.functional import embedding, linear
+
+    a, b = a.to(dtype), b.to(dtype)
+    narrow = linear(x, a) if torch.is_floating_point(x) else embedding(x, a.T)
+    # the scale on the narrow side: rank numbers a token rather than outputs
+    return linear(narrow * scale, b)
+
+
+def _sizes(module: nn.Module, target: Target) -> tuple[int, int, bool]:
+    """Input features, output features of the role, and whether the map is an embedding."""
+    from tunesmith.models.ports import port_kind
+
+    kind = port_kind(module)
+    first, second = module.weight.shape  # type: ignore[misc,union-attr]
+    inputs, outputs = (second, first) if kind == "linear" else (first, second)
+    return inputs, outputs if target.rows is None else target.rows.count, kind == "embedding"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.core.errors import AdapterError
+from tunesmith.models.copies import settle
 from tunesmith.models.ports import Insert, Port, attached_to, port_kind, ports, spread
 
 if TYPE_CHECKING:
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 def merge(loaded: Loaded, names: str | Sequence[str]) -> None:
     """Adds what adapters learnt to the weights: W + the sum of their changes, in float32, rounded once.
 
-    Where a weight is shared (embedding and head), only the side that an adapter is on changes: the pair is untied, and
-    the config says so. Until `unmerge`, the model can run on no other route.
+    Where an adapter has a copy of a parameter, the copy stands. Where a weight is shared (embedding and head), only the
+    side that an adapter is on changes: the pair is untied, and the config says so. Until `unmerge`, the model can run
+    on no other route.
 
     Raises:
         AdapterError: something is merged already, an adapter is not attached, or its method is no change of weights.
@@ -39,7 +41,12 @@ def merge(loaded: Loaded, names: str | Sequence[str]) -> None:
             raise AdapterError(f"no adapter {name!r} is attached; there are: {', '.join(attached.names) or 'none'}")
     if not names:
         return
-    fresh = {port: _merged(port, inserts) for port, inserts in _acting(loaded.model, names)}
+    undo = settle(loaded.model, names)
+    try:
+        fresh = {port: _merged(port, inserts) for port, inserts in _acting(loaded.model, names)}
+    except AdapterError:
+        undo()
+        raise
     tied = _shared(loaded.model)
     config, was_tied = loaded.model.config, getattr(loaded.model.config, "tie_word_embeddings", None)
     old = {port: port._parameters["weight"] for port in fresh}
@@ -49,6 +56,7 @@ def merge(loaded: Loaded, names: str | Sequence[str]) -> None:
             port._parameters["weight"] = weight
         if was_tied is not None:
             config.tie_word_embeddings = was_tied
+        undo()
 
     if was_tied and any(id(weight) in tied for weight in old.values()):
         config.tie_word_embeddings = False

@@ -7,14 +7,14 @@ module runs. So the base is always there, tied as it was, and adapters with copi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from tunesmith.core.errors import AdapterError
 from tunesmith.models.ports import Port, attached_to
-from tunesmith.models.route import Attached, current_route
+from tunesmith.models.route import Attached
 
 _WAS_TIED = "_tunesmith_was_tied"
 
@@ -34,6 +34,24 @@ def drop_copies(model: nn.Module, adapter: str) -> None:
     for swap in swaps(model):
         swap.drop(adapter)
     _tell_ties(model)
+
+
+def settle(model: nn.Module, names: Sequence[str]) -> Callable[[], None]:
+    """Puts into the tables what some adapters compute with, and answers what puts back what was there.
+
+    Raises:
+        AdapterError: two of them have copies of one parameter.
+    """
+    wanted = [(swap, swap.of(names)) for swap in swaps(model)]
+    old = [(swap, swap.settle(owners)) for swap, owners in wanted]
+    _tell_ties(model)
+
+    def undo() -> None:
+        for swap, owners in old:
+            swap.settle(owners)
+        _tell_ties(model)
+
+    return undo
 
 
 def copies(model: nn.Module) -> list[nn.Parameter]:
@@ -114,9 +132,8 @@ class Swap:
         for leaf in self.base:
             owners = [name for name in names if leaf in self.copies.get(name, {})]
             if len(owners) > 1:
-                raise AdapterError(
-                    f"{' and '.join(owners)} each train a copy of one base parameter, so only one can act"
-                )
+                told = f"{' and '.join(owners)} have trained copies of one base parameter, and only one can stand there"
+                raise AdapterError(told, hint="let one of them act at a time")
             found[leaf] = owners[0] if owners else None
         return found
 
@@ -138,14 +155,13 @@ class Swap:
     def _wanted(self) -> dict[str, str | None]:
         if self.attached.merged:
             return self.standing
-        rows = set(getattr(current_route(), "rows", None) or ())
-        if len(rows) > 1:
-            for name in self.copies:
-                if any(name in names for names in rows):
-                    told = f"{name} trains copies of base parameters and cannot act on some rows of a batch only"
-                    raise AdapterError(told, hint="give its rows a batch of their own")
-        names = next(iter(rows)) if rows else [share.adapter for share in self.attached.shares()]
-        return self.of(names)
+        shares = self.attached.shares()
+        for share in shares:
+            rows = getattr(share, "rows", None)
+            if share.adapter in self.copies and rows is not None and len(rows) < share.count:
+                told = f"{share.adapter} trains copies of base parameters and cannot act on some rows of a batch only"
+                raise AdapterError(told, hint="give its rows a batch of their own")
+        return self.of([share.adapter for share in shares])
 
 
 def _swap_at(module: nn.Module, attached: Attached) -> Swap:

@@ -45,10 +45,7 @@ class AdamW:
             decay = weight_decay if master.ndim >= 2 else 0.0
             groups.setdefault((decay, lr_factors.get(name, 1.0)), []).append(master)
         self.inner = torch.optim.AdamW(
-            [
-                {"params": held, "weight_decay": decay, "lr_factor": factor}
-                for (decay, factor), held in groups.items()
-            ],
+            [{"params": held, "weight_decay": decay, "lr_factor": factor} for (decay, factor), held in groups.items()],
             lr=0.0,
             betas=BETAS,
             eps=EPS,
