@@ -19,6 +19,7 @@ from tunesmith.core.errors import ConfigError, Problems, did_you_mean
 from tunesmith.core.section import Section
 from tunesmith.core.yaml import read_yaml, read_yaml_text
 from tunesmith.data.section import DataSection
+from tunesmith.evaluate.metrics import OF_PROBLEM
 from tunesmith.evaluate.section import EvaluateSection
 from tunesmith.objectives.objective import Objective
 from tunesmith.objectives.objectives import OBJECTIVES
@@ -161,6 +162,8 @@ def contradictions(config: Config, where: str) -> list[ConfigError]:
     for key in ("metrics", "every", "shots", "rows"):
         if getattr(judged, key) and not config.data.eval:
             say(f"evaluate.{key}", "nothing to evaluate on: data.eval is not set", "set data.eval")
+    if config.objective.predicts:
+        found += _unfit_for_labels(config, where)
     stop = config.train.stop
     if stop is not None and not judged.every:
         say("train.stop", "needs evaluations during training", "set evaluate.every to a number of steps")
@@ -169,6 +172,20 @@ def contradictions(config: Config, where: str) -> list[ConfigError]:
         say("train.stop.metric", f"{stop.metric!r} is not measured; there are {known}", "add it to evaluate.metrics")
     if config.precision.compute == "fp32" and not config.precision.master:
         say("precision.master", "has no effect with compute: fp32, which needs no copies", "leave it out")
+    return found
+
+
+def _unfit_for_labels(config: Config, where: str) -> list[ConfigError]:
+    """Metrics that do not judge what a head predicts, and settings of prompts, which it is not given."""
+    known = OF_PROBLEM[config.objective.predicts or "classification"]
+    wrong = [name for name in config.evaluate.metrics if name not in known]
+    told = f"{' '.join(wrong)}: not of predictions ({config.objective.predicts}); there are {' '.join(known)}"
+    found = [ConfigError(told, where=f"{where}: evaluate.metrics")] if wrong else []
+    shots = config.evaluate.shots and "evaluate.shots"
+    template = config.data.template != "auto" and "data.template"
+    for key in filter(None, (shots, template)):
+        told = "has no effect with objective: predict, which renders no prompts"
+        found.append(ConfigError(told, where=f"{where}: {key}", hint="leave it out"))
     return found
 
 

@@ -12,6 +12,7 @@ METHODS = Registry(
         "fpt": ("tunesmith.adapt.fpt:FPT", "norms and input and output layers; attention and MLP frozen"),
         "linear_probe": ("tunesmith.adapt.linear_probe:LinearProbe", "the output layer alone"),
         "lp_ft": ("tunesmith.adapt.lp_ft:LPFT", "the output layer first, then everything"),
+        "peft": ("tunesmith.adapt.peft_bridge:Peft", "a tuner of the peft library (extra: peft)"),
         "subspace": ("tunesmith.adapt.subspace:Subspace", "few numbers that move all weights of the blocks"),
         "full": ("tunesmith.adapt.full:Full", "every parameter of the model"),
         "top_layers": ("tunesmith.adapt.top_layers:TopLayers", "the last blocks, everything below frozen"),

@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from tunesmith.adapt.methods import METHODS
+from tunesmith.adapt.peft_bridge import TYPES as BRIDGED
 from tunesmith.core.errors import AdapterError, ModelError
 from tunesmith.core.files import atomic_folder, canonical_json, read_json
-from tunesmith.core.problem import read_problem
-from tunesmith.models.heads import HEAD_KEY, HEAD_SETTINGS, fill_head, save_head
+from tunesmith.core.problem import HEAD_KEY, read_problem
+from tunesmith.models.heads import fill_head, keep_head, save_head
 from tunesmith.models.save import write_model
 
 if TYPE_CHECKING:
@@ -38,9 +39,10 @@ OWN = "TUNESMITH_"
 LAYOUTS = {
     "LORA": "tunesmith.adapt.peft_lora",
     "IA3": "tunesmith.adapt.peft_ia3",
+    **dict.fromkeys(BRIDGED, "tunesmith.adapt.peft_bridge"),
 }
-# kinds of ours that are written in one of these; all others are TUNESMITH_<KIND>
-PEFT_TYPES = {"lora": "LORA", "ia3": "IA3"}
+# kinds of ours that are written in one of these, all others are TUNESMITH_<KIND>; the bridge writes its types alike
+PEFT_TYPES = {"lora": "LORA", "ia3": "IA3", "peft": BRIDGED[0]}
 
 
 class Layout(Protocol):
@@ -75,8 +77,7 @@ def save_run(adapter: Adapter, folder: Path) -> Path:
     with atomic_folder(folder / "model") as work:
         write_model(adapter.loaded, work)
         if adapter.head is not None:
-            kept = save_head(adapter.head, work)
-            (work / HEAD_SETTINGS).write_text(canonical_json(kept, indent=2) + "\n", "utf-8")
+            keep_head(adapter.head, work)
     return folder / "model"
 
 

@@ -51,8 +51,13 @@ def _show_rows(dataset: Any, rows: int) -> None:
         text = Text()
         for piece in preview.pieces:
             text.append(piece.text, style="bold green" if piece.supervised else "dim" if piece.control else "")
-        console.rule(f"{preview.where}: {preview.tokens} tokens, {preview.supervised_tokens} supervised", align="left")
+        learnt_tokens = "" if preview.labels else f", {preview.supervised_tokens} supervised"
+        console.rule(f"{preview.where}: {preview.tokens} tokens{learnt_tokens}", align="left")
         console.print(text)
+        if preview.labels:
+            labels = " ".join(preview.labels)
+            console.print(Text.assemble(("learns to predict: ", "dim"), (labels, "bold green")))
+            continue
         # colour alone does not survive a pipe or a colour-blind reader
         learnt = "".join(piece.text for piece in preview.pieces if piece.supervised)
         console.print(Text.assemble(("learns to write: ", "dim"), (learnt, "bold green")))

@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args
 
 from tunesmith.core.errors import ModelError
 
+HEAD_SETTINGS = "predict.json"  # in a model's folder: what its head predicts
+HEAD_KEY = "tunesmith_predict"  # the same in adapter_config.json
 ProblemKind = Literal["classification", "regression", "tokens"]
 
 

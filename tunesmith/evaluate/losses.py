@@ -36,7 +36,7 @@ def row_losses(
     totals, tokens = [0.0] * len(examples), [0] * len(examples)
     done = 0
     with evaluating(policy.model), torch.no_grad():
-        for rows in _batches(examples, batch_tokens):
+        for rows in batches(examples, batch_tokens):
             batch = to_batch([examples[row] for row in rows])
             losses = policy.token_losses(batch.to(policy.model.device)).double().cpu()
             ends = torch.tensor(batch.lengths).cumsum(0)
@@ -51,7 +51,7 @@ def row_losses(
     return totals, tokens
 
 
-def _batches(examples: Sequence[Example], batch_tokens: int) -> Iterator[list[int]]:
+def batches(examples: Sequence[Example], batch_tokens: int) -> Iterator[list[int]]:
     """Places of examples of similar length, longest first, so that families which pad pad little."""
     order = sorted(range(len(examples)), key=lambda row: -len(examples[row].ids))
     batch: list[int] = []

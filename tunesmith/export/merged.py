@@ -13,11 +13,14 @@ from tunesmith.core.errors import ConfigError
 from tunesmith.core.files import atomic_folder
 
 if TYPE_CHECKING:
+    from tunesmith.models.heads import Head
     from tunesmith.models.load import Loaded
 
 
-def save_merged(loaded: Loaded, folder: Path | str, *, shard_bytes: int = 2_000_000_000) -> Path:
-    """Saves weights, config and tokenizer; the folder appears whole or not at all.
+def save_merged(
+    loaded: Loaded, folder: Path | str, *, head: Head | None = None, shard_bytes: int = 2_000_000_000
+) -> Path:
+    """Saves weights, config and tokenizer, and a prediction head beside them; the folder appears whole or not at all.
 
     Tensors keep their dtype. Adapters that are attached but not merged are left out.
 
@@ -25,6 +28,7 @@ def save_merged(loaded: Loaded, folder: Path | str, *, shard_bytes: int = 2_000_
         ConfigError: the folder exists and is not empty.
         ResourceError: no room, or not writable.
     """
+    from tunesmith.models.heads import keep_head
     from tunesmith.models.load import quiet
     from tunesmith.models.save import write_model
 
@@ -33,6 +37,8 @@ def save_merged(loaded: Loaded, folder: Path | str, *, shard_bytes: int = 2_000_
     _tell_untied(loaded)
     with atomic_folder(folder) as work, quiet():
         write_model(loaded, work, shard_bytes)
+        if head is not None:
+            keep_head(head, work)
     return folder
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from tunesmith.core.errors import ConfigError, ModelError
-from tunesmith.core.files import read_json
-from tunesmith.core.problem import Problem, read_problem
+from tunesmith.core.files import canonical_json, read_json
+from tunesmith.core.problem import HEAD_SETTINGS, Problem, read_problem
 from tunesmith.core.rng import torch_generator
 from tunesmith.models.families import setting
 from tunesmith.models.ports import attached_to
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from tunesmith.models.load import Loaded
 
 TENSORS = "predict.safetensors"
-HEAD_SETTINGS = "predict.json"  # beside it in a model's folder
-HEAD_KEY = "tunesmith_predict"  # the same settings in adapter_config.json
 PREFIX = "predict."
 POOLING = {"encoder": "mean", "decoder": "last", "seq2seq": "start"}
 
@@ -120,6 +118,12 @@ def save_head(head: Head, folder: Path) -> dict[str, Any]:
     tensors = {PREFIX + name: value.detach().float().cpu().contiguous() for name, value in head.named_parameters()}
     (folder / TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
     return {**head.problem.as_dict(), "pooling": head.pooling}
+
+
+def keep_head(head: Head, folder: Path) -> None:
+    """Writes a head and what it predicts into a model's own folder, for `open_head`."""
+    settings = save_head(head, folder)
+    (folder / HEAD_SETTINGS).write_text(canonical_json(settings, indent=2) + "\n", "utf-8")
 
 
 def fill_head(head: Head, settings: Mapping[str, Any], folder: Path) -> None:

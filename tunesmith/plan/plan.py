@@ -25,6 +25,7 @@ from tunesmith.plan.shape import ModelShape
 if TYPE_CHECKING:
     import torch
 
+    from tunesmith.core.problem import ProblemKind
     from tunesmith.core.types import Batch
     from tunesmith.plan.trace import Traced
 
@@ -38,12 +39,14 @@ class Workload:
         tokens: read by all of them, prompts included.
         lengths: tokens of the documents of the largest micro-batch.
         supervised_share: tokens with a target / tokens.
+        predicts: what a head predicts; None where text is learnt.
     """
 
     steps: int
     tokens: int
     lengths: tuple[int, ...]
     supervised_share: float = 1.0
+    predicts: ProblemKind | None = None
 
     @property
     def micro_tokens(self) -> int:
@@ -129,7 +132,8 @@ def make_plan(
     if loss is not None:
         from tunesmith.plan.trace import trace
 
-        return _traced(specs, state, work, trace(model, loss, work.lengths, work.supervised_share), calibration)
+        traced = trace(model, loss, work.lengths, work.supervised_share, work.predicts)
+        return _traced(specs, state, work, traced, calibration)
     size = item_bytes or max(specs, key=lambda spec: spec.count).item_bytes
     learnt = round(work.micro_tokens * work.supervised_share)
     activations = estimate_activations(shape, work.micro_tokens, learnt, item_bytes=size, recompute=recompute)

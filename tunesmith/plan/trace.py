@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from tunesmith.core.problem import ProblemKind
 from tunesmith.core.types import Batch
 
 aten = torch.ops.aten
@@ -126,15 +127,19 @@ class Traced:
 
 
 def trace(
-    model: nn.Module, loss: Callable[[Batch], Tensor], lengths: Sequence[int], supervised_share: float = 1.0
+    model: nn.Module,
+    loss: Callable[[Batch], Tensor],
+    lengths: Sequence[int],
+    supervised_share: float = 1.0,
+    predicts: ProblemKind | None = None,
 ) -> Traced:
-    """Runs `loss` and its backward on a micro-batch of documents of these lengths, without data.
+    """Runs `loss` and its backward on a micro-batch of documents of these lengths, with labels where it `predicts`.
 
     The model may be on meta or hold data; it is as before afterwards. `loss` gives a scalar. A device other than
     the CPU is not imitated: kernels that save other tensors there will differ.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, _as_if_on_cpu(model, fake):
-        batch = sample_batch(lengths, supervised_share)
+        batch = sample_batch(lengths, supervised_share, predicts)
         return measure(model, lambda: loss(batch), sum(lengths))
 
 
@@ -166,11 +171,11 @@ def measure(model: nn.Module, loss: Callable[[], Tensor], tokens: int) -> Traced
     )
 
 
-def sample_batch(lengths: Sequence[int], supervised_share: float = 1.0) -> Batch:
-    """A batch of documents of these lengths whose last tokens are supervised; the ids are all 0."""
+def sample_batch(lengths: Sequence[int], supervised_share: float = 1.0, predicts: ProblemKind | None = None) -> Batch:
+    """A batch of documents of these lengths whose last tokens are supervised; ids and labels are all 0."""
     ids, sources, start = sum(lengths), [], 0
-    for length in lengths:
-        learnt = min(length - 1, max(1, round(supervised_share * length)))
+    learnts = [min(length - 1, max(1, round(supervised_share * length))) for length in lengths]
+    for length, learnt in zip(lengths, learnts, strict=True):
         sources.append(torch.arange(start + length - 1 - learnt, start + length - 1))
         start += length
     source = torch.cat(sources)
@@ -181,7 +186,15 @@ def sample_batch(lengths: Sequence[int], supervised_share: float = 1.0) -> Batch
         sources=source,
         targets=torch.zeros_like(source),
         rows=tuple(f"document {index}" for index in range(len(lengths))),
+        labels=_sample_labels(predicts, len(source) if predicts == "tokens" else len(lengths)),
+        prompts=tuple(length - learnt for length, learnt in zip(lengths, learnts, strict=True)),
     )
+
+
+def _sample_labels(predicts: ProblemKind | None, count: int) -> Tensor | None:
+    if predicts is None:
+        return None
+    return torch.zeros(count, dtype=torch.float32 if predicts == "regression" else torch.int64)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.config import Config
 from tunesmith.core.errors import CheckpointError
 from tunesmith.core.files import canonical_json, write_atomic
+from tunesmith.evaluate.metrics import OF_PROBLEM
 from tunesmith.run.folder import RunFolder, check_state, check_writable, locked, machine, versions
 from tunesmith.run.prepare import Prepared, prepare
 from tunesmith.run.stopping import stoppable
@@ -108,7 +109,7 @@ class _Ready:
 def _make_ready(prepared: Prepared, folder: RunFolder) -> _Ready:
     from tunesmith.models.load import load
     from tunesmith.plan.show import show_plan
-    from tunesmith.run.judging import Judge
+    from tunesmith.run.judging_heads import judge_of
     from tunesmith.run.planning import plan_run
     from tunesmith.train.precision import resolve
 
@@ -123,11 +124,12 @@ def _make_ready(prepared: Prepared, folder: RunFolder) -> _Ready:
     write_atomic(folder.path / "plan.json", canonical_json(plan.as_dict(), indent=1) + "\n")
     _print(show_plan(plan.as_dict()))
     loaded = load(str(prepared.folder), dtype=compute)
+    loaded.predicts = prepared.problem
     folder.record(
         status="running", versions=versions(), machine=machine(), data=prepared.data_facts(),
         precision=compute, seed=config.train.seed, model=_model_facts(loaded, config.model),
     )  # fmt: skip
-    return _Ready(prepared, loaded, Judge(prepared, folder.path))
+    return _Ready(prepared, loaded, judge_of(prepared, folder.path))
 
 
 def _how(compute: str) -> str:
@@ -158,7 +160,13 @@ def _carry_out(ready: _Ready, folder: RunFolder, resume: bool, before: bool) -> 
     folder.record(status="finished")
     report = write_report(folder.path)
     judge.print_table()
-    say(f"\nsaved {saved}\nreport {report}\nnext: tunesmith chat {folder.path}")
+    say(f"\nsaved {saved}\nreport {report}\nnext: {_next(prepared, folder)}")
+
+
+def _next(prepared: Prepared, folder: RunFolder) -> str:
+    if prepared.problem is None:
+        return f"tunesmith chat {folder.path}"
+    return f"tunesmith evaluate {folder.path} --data ROWS --metrics {OF_PROBLEM[prepared.problem.kind][1]}"
 
 
 class _Tuned:

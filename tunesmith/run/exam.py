@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tunesmith.core.errors import ConfigError
 from tunesmith.core.files import canonical_json
@@ -46,7 +46,7 @@ class Exam:
     dialogues: list[Dialogue] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.spoken = [METRICS.load(name)() for name in self.metrics if METRICS.load(name).needs == "completions"]
+        self.spoken = [METRICS.load(name)() for name in self.metrics if METRICS.load(name).needs != "losses"]
         self.measured = [METRICS.load(name)() for name in self.metrics if METRICS.load(name).needs == "losses"]
         for metric in [*self.spoken, *self.measured]:
             metric.require()
@@ -169,11 +169,22 @@ def constant_answers(exam: Exam, train: Dataset | None) -> list[str]:
     return [Counter(answers).most_common(1)[0][0]] * len(exam.dialogues)
 
 
-def samples(exam: Exam, columns: dict[str, list[str]]) -> list[str]:
+class Asked(Protocol):
+    """An exam as those see it who only read it."""
+
+    @property
+    def questions(self) -> list[str]: ...
+
+    @property
+    def references(self) -> list[tuple[str, ...]]: ...
+
+
+def samples(exam: Asked, columns: dict[str, list[str]]) -> list[str]:
     """Lines of samples.jsonl: question, references and the answers of each column."""
     lines = []
     for number, (question, references) in enumerate(zip(exam.questions, exam.references, strict=True)):
         row: dict[str, Any] = {"prompt": question, "references": list(references)}
-        row |= {name: answers[number] for name, answers in columns.items() if answers}
+        # a model of another kind may have left out rows that this one can read
+        row |= {name: answers[number] for name, answers in columns.items() if len(answers) == len(exam.questions)}
         lines.append(canonical_json(row) + "\n")
     return lines

@@ -14,16 +14,18 @@ from tunesmith.core.errors import CheckpointError, ConfigError
 from tunesmith.core.files import canonical_json, read_json, write_atomic
 from tunesmith.data.section import DataSection
 from tunesmith.evaluate.section import EvaluateSection, metric_names
-from tunesmith.run.exam import Exam, Scores, choose_shots, constant_answers, samples
+from tunesmith.run.exam import Asked, Exam, Scores, choose_shots, constant_answers, samples
+from tunesmith.run.head_exam import HeadExam, check_metrics
 
 if TYPE_CHECKING:
+    from tunesmith.core.problem import Problem
     from tunesmith.data.codec import Codec
     from tunesmith.data.dataset import Dataset
     from tunesmith.data.rows import Dialogue
     from tunesmith.models.load import Loaded
     from tunesmith.models.policy import Policy
     from tunesmith.models.route import Route
-    from tunesmith.run.opening import Seen
+    from tunesmith.run.opening import Opened, Seen
     from tunesmith.run.prepare import Prepared
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ class Judge:
         self.models: list[dict[str, Any]] = []
         self.answers: dict[str, list[str]] = {}
         self.exam: Exam | None = None
-        if prepared.eval is not None:
+        if prepared.eval is not None and prepared.problem is None:
             section = self.section
             self.exam = Exam(prepared.eval, section.metrics, section.generate, section.rows)
 
@@ -124,11 +126,16 @@ class Judge:
         self.answers["untuned"] = answers
         return True
 
+    @property
+    def asked(self) -> Asked | None:
+        """The exam, whatever it is like."""
+        return self.exam
+
     def _write(self) -> None:
-        assert self.exam is not None
+        assert self.asked is not None
         columns = {"base": self.answers.get("untuned", [])}
         columns["tuned"] = next((found for name, found in self.answers.items() if name.startswith("tuned")), [])
-        lines = samples(self.exam, columns)
+        lines = samples(self.asked, columns)
         write_atomic(self.folder / "samples.jsonl", "".join(lines))
         write_atomic(self.folder / "eval.json", canonical_json({"models": self.models}, indent=1) + "\n")
 
@@ -149,13 +156,13 @@ class Question:
     max_length: int = 1024
     precision: str = "auto"
 
-    def dataset(self, source: str, codec: Codec, template: str) -> Dataset:
-        """Rows of `source` for a tokenizer. Raises DataError, ConfigError."""
+    def dataset(self, source: str, codec: Codec, template: str, problem: Problem | None = None) -> Dataset:
+        """Rows of `source` for a tokenizer, with labels for a problem. Raises DataError, ConfigError."""
         from tunesmith.run.prepare import read_data
 
         settings = {"eval": source, "format": self.data_format, "template": template, "max_length": self.max_length}
         section = DataSection.model_validate(settings)
-        return read_data(section.eval, section, codec, "--data")[0]
+        return read_data(section.eval, section, codec, "--data", problem)[0]
 
 
 def judge_models(sources: list[str], question: Question, out: str | None = None) -> dict[str, Any]:
@@ -180,17 +187,16 @@ def judge_models(sources: list[str], question: Question, out: str | None = None)
     exams = [_exam(question, one, metrics) for one in seen]  # what is wrong is told before any model is loaded
     models: list[dict[str, Any]] = []
     columns: dict[str, list[str]] = {}
-    exam: Exam | None = None
+    exam: Exam | HeadExam | None = None
     for source, one, (exam, shots) in zip(sources, seen, exams, strict=True):
         opened = open_model(one, precision=question.precision)
-        scores, answers = exam.sit(opened.loaded, opened.route, opened.codec, shots, title=f"{source}:")
+        scores, answers = _sit(exam, opened, shots, f"{source}:")
         name = f"{source}, {question.shots} shots" if shots else source
         models.append({"name": name, "metrics": scores})
         columns[name] = answers
-    if question.baselines and exam is not None and exam.spoken:
-        for name, answers in ((CONSTANT, constant_answers(exam, None)), (COPY, exam.questions)):
-            models.append({"name": name, "metrics": exam.score(answers)})
-            columns[name] = answers
+    for name, scores, answers in _baselines(exam) if question.baselines and exam is not None else ():
+        models.append({"name": name, "metrics": scores})
+        columns[name] = answers
     if out is not None and exam is not None:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
@@ -199,8 +205,33 @@ def judge_models(sources: list[str], question: Question, out: str | None = None)
     return {"models": models}
 
 
-def _exam(question: Question, seen: Seen, metrics: tuple[str, ...]) -> tuple[Exam, list[Dialogue]]:
+def _sit(exam: Exam | HeadExam, opened: Opened, shots: list[Dialogue], title: str) -> tuple[Scores, list[str]]:
+    """One model's scores and answers, as its kind of exam has them."""
+    from tunesmith.models.policy import Policy
+
+    if isinstance(exam, HeadExam):
+        return exam.sit(Policy(opened.loaded, opened.route), title=title)
+    return exam.sit(opened.loaded, opened.route, opened.codec, shots, title=title)
+
+
+def _baselines(exam: Exam | HeadExam) -> list[tuple[str, Scores, list[str]]]:
+    """Name, scores and answers of what needs no model."""
+    if isinstance(exam, HeadExam):
+        constant = exam.constant(None)
+        return [(CONSTANT, exam.score(constant), [" ".join(labels) for labels in constant])]
+    found = ((CONSTANT, constant_answers(exam, None)), (COPY, exam.questions)) if exam.spoken else ()
+    return [(name, exam.score(answers), answers) for name, answers in found]
+
+
+def _exam(question: Question, seen: Seen, metrics: tuple[str, ...]) -> tuple[Exam | HeadExam, list[Dialogue]]:
     """The exam and the solved examples as one model reads them."""
+    if seen.problem is not None:
+        check_metrics(metrics, seen.problem, "--metrics")
+        if question.shots:
+            raise ConfigError("no effect on a model that predicts labels", where="--shots", hint="leave it out")
+        rows = question.dataset(question.data, seen.codec, "auto", seen.problem)
+        return HeadExam(rows, metrics, question.rows), []
+    seen.check_writes()
     rows = question.dataset(question.data, seen.codec, seen.chosen)
     exam = Exam(rows, metrics, question.max_new_tokens, question.rows)
     if not question.shots:

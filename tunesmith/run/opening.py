@@ -6,13 +6,17 @@ A run brings its base model, its adapter and its template along; everything else
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith.core.errors import ModelError
+from tunesmith.core.errors import ConfigError, ModelError
 from tunesmith.core.files import read_json
+from tunesmith.core.problem import HEAD_KEY, HEAD_SETTINGS, Problem, read_problem
 from tunesmith.data.codec import Codec
 from tunesmith.data.templates import Template, open_template
+from tunesmith.evaluate.metrics import OF_PROBLEM
+from tunesmith.models.families import Family, family_of
 from tunesmith.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -47,26 +51,45 @@ class Seen:
         named: what the name stands for.
         folder: of the base model.
         codec: its tokenizer.
-        template: how conversations are written for it; `chosen` is its name, or `auto`.
+        chosen: name of the template that conversations are written with, or `auto`.
+        plain: the rows are bare prompts, so that `auto` means no template.
+        family: its role table; its kind says whether it writes.
+        problem: what the prediction head of the run predicts; None where it has none.
     """
 
     named: Named
     folder: Path
     codec: Codec
-    template: Template
     chosen: str
+    plain: bool
+    family: Family
+    problem: Problem | None = None
+
+    @cached_property
+    def template(self) -> Template:
+        """How conversations are written for it. Raises ConfigError where it writes none."""
+        self.check_writes()
+        return open_template(self.chosen, self.codec, plain=self.plain)
+
+    def check_writes(self) -> None:
+        """Raises ConfigError for a model that predicts labels, or an encoder."""
+        if self.problem is not None:
+            hint = f"tunesmith evaluate {self.named.name} --data ROWS --metrics {OF_PROBLEM[self.problem.kind][1]}"
+            raise ConfigError(f"it predicts {self.problem.line()}; it writes no text", where=self.named.name, hint=hint)
+        if self.family.kind == "encoder":
+            told = f"{self.family.name} is an encoder; it writes no text"
+            raise ConfigError(told, where=self.named.name, hint="objective: predict gives it a head for labels")
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A model that can write.
+    """A model with its weights.
 
     Attributes:
         name: as the user gave it.
         loaded: weights, family, folder.
         route: what acts: the base, or the adapter of the run.
         codec: its tokenizer.
-        template: how conversations are written for it.
         adapter: of a run that has one.
     """
 
@@ -74,7 +97,6 @@ class Opened:
     loaded: Loaded
     route: Route
     codec: Codec
-    template: Template
     adapter: Adapter | None = None
 
 
@@ -132,7 +154,20 @@ def look(source: str, *, template: str = "auto", plain: bool = False) -> Seen:
     validate_folder(folder)
     codec = Codec.open(folder)
     chosen = template if template != "auto" else named.template or "auto"
-    return Seen(named, folder, codec, open_template(chosen, codec, plain=plain), chosen)
+    family = family_of(read_json(folder / "config.json", ModelError))
+    seen = Seen(named, folder, codec, chosen, plain, family, _problem(named.adapter, folder))
+    if seen.problem is None and family.kind != "encoder":
+        seen.template  # noqa: B018  what is wrong with it is told here
+    return seen
+
+
+def _problem(adapter: Path | None, folder: Path) -> Problem | None:
+    """What the head beside an adapter, or in a model's folder, predicts; None where there is none."""
+    path = folder / HEAD_SETTINGS if adapter is None else adapter / "adapter_config.json"
+    settings = read_json(path, ModelError) if path.is_file() else None
+    if adapter is not None:
+        settings = settings.get(HEAD_KEY) if isinstance(settings, dict) else None
+    return None if settings is None else read_problem(settings, str(path))
 
 
 def open_model(source: str | Seen, *, template: str = "auto", precision: str = "auto", plain: bool = False) -> Opened:
@@ -144,6 +179,7 @@ def open_model(source: str | Seen, *, template: str = "auto", precision: str = "
     Raises: ModelError, AdapterError, ConfigError.
     """
     seen = look(source, template=template, plain=plain) if isinstance(source, str) else source
+    from tunesmith.models.heads import open_head
     from tunesmith.models.load import load
     from tunesmith.models.route import BASE
     from tunesmith.train.precision import resolve as resolve_precision
@@ -156,5 +192,7 @@ def open_model(source: str | Seen, *, template: str = "auto", precision: str = "
         from tunesmith.adapt.store import load_adapter
 
         adapter = load_adapter(loaded, seen.named.adapter)
+    elif seen.problem is not None:
+        open_head(loaded, seen.folder)
     route = adapter.route if adapter else BASE
-    return Opened(seen.named.name, loaded, route, seen.codec, seen.template, adapter)
+    return Opened(seen.named.name, loaded, route, seen.codec, adapter)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.run.prepare import Prepared
 
 if TYPE_CHECKING:
+    from tunesmith.models.load import Loaded
     from tunesmith.plan.plan import Plan
 
 
@@ -16,7 +17,8 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True) -> Plan:
     Args:
         calibrated: measure this machine (once, for a second or two) so that the plan can say how long.
     """
-    from tunesmith.models.load import meta
+    from torch import nn
+
     from tunesmith.models.policy import Policy
     from tunesmith.plan.compute import calibrate
     from tunesmith.plan.plan import Workload, make_plan
@@ -25,22 +27,33 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True) -> Plan:
 
     config = prepared.config
     compute = resolve(config.precision)
-    loaded = meta(str(prepared.folder), dtype=compute)
+    loaded = open_meta(prepared)
     adapter = config.method.attach(loaded, seed=config.train.seed)
     policy = Policy(loaded, adapter.route, recompute=config.train.recompute, packed=config.data.packing)
     lengths, share = _micro_batch(prepared)
     totals = prepared.totals
     shape = read_shape(prepared.folder)
+    model = loaded.model if adapter.head is None else nn.ModuleList([loaded.model, adapter.head])
     return make_plan(
-        loaded.model,
+        model,
         shape,
-        Workload(totals.steps, totals.tokens, lengths, share),
+        Workload(totals.steps, totals.tokens, lengths, share, config.objective.predicts),
         trainable=list(adapter.parameters.values()),
         loss=lambda batch: config.objective.loss(policy, batch).total,
         master=config.precision.master,
         calibration=calibrate(shape, sum(lengths), compute) if calibrated else None,
         recompute=config.train.recompute == "full",
     )
+
+
+def open_meta(prepared: Prepared) -> Loaded:
+    """The model of a run on the meta device, with the question it is to answer."""
+    from tunesmith.models.load import meta
+    from tunesmith.train.precision import resolve
+
+    loaded = meta(str(prepared.folder), dtype=resolve(prepared.config.precision))
+    loaded.predicts = prepared.problem
+    return loaded
 
 
 def _micro_batch(prepared: Prepared) -> tuple[tuple[int, ...], float]:

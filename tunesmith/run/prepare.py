@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.config import Config
-from tunesmith.core.errors import ConfigError, ModelError
+from tunesmith.core.errors import ConfigError, DataError, ModelError
 from tunesmith.core.files import read_json
+from tunesmith.core.problem import Problem
 from tunesmith.core.progress import progress_bar
 from tunesmith.data.codec import Codec
 from tunesmith.data.dataset import Dataset, open_data
+from tunesmith.data.labels import find_labels
 from tunesmith.data.order import Mixture
 from tunesmith.data.pack import Cursor, Sizes, StepStream, Totals, count_steps
 from tunesmith.data.statistics import DataStatistics
@@ -41,6 +43,7 @@ class Prepared:
         codec: its tokenizer.
         train, eval: the rows; eval is None where there are none.
         train_statistics, eval_statistics: what they come to.
+        problem: what is to be predicted; None where text is learnt.
     """
 
     config: Config
@@ -50,6 +53,7 @@ class Prepared:
     train_statistics: DataStatistics
     eval: Dataset | None = None
     eval_statistics: DataStatistics | None = None
+    problem: Problem | None = None
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -95,6 +99,8 @@ class Prepared:
         found: dict[str, Any] = {"train": {**self.train_statistics.as_json(), "sha256": self.train.hashes}}
         if self.eval is not None and self.eval_statistics is not None:
             found["eval"] = {**self.eval_statistics.as_json(), "sha256": self.eval.hashes}
+        if self.problem is not None:
+            return {**found, "predicts": self.problem.as_dict()}
         found["template"] = {"name": self.train.template.name, "sha256": self.train.template.sha256}
         return found
 
@@ -112,18 +118,35 @@ def prepare(config: Config) -> Prepared:
     config.objective.check(settings)
     config.method.check(settings)
     codec = Codec.open(folder)
-    train, train_statistics = read_data(config.data.train, config.data, codec, "data.train")
+    asked = config.objective.predicts
+    problem = Problem(asked, (), config.train.seed) if asked else None
+    train, train_statistics = read_data(config.data.train, config.data, codec, "data.train", problem)
+    problem = train.problem
     if not config.data.eval:
-        return Prepared(config, folder, codec, train, train_statistics)
-    judged, judged_statistics = read_data(config.data.eval, config.data, codec, "data.eval")
-    return Prepared(config, folder, codec, train, train_statistics, judged, judged_statistics)
+        return Prepared(config, folder, codec, train, train_statistics, problem=problem)
+    judged, judged_statistics = read_data(config.data.eval, config.data, codec, "data.eval", problem)
+    return Prepared(config, folder, codec, train, train_statistics, judged, judged_statistics, problem)
 
 
-def read_data(parts: Parts, section: DataSection, codec: Codec, where: str) -> tuple[Dataset, DataStatistics]:
-    """Opens rows and checks every one of them. Raises DataError naming the setting, the file and the row."""
+def read_data(
+    parts: Parts, section: DataSection, codec: Codec, where: str, problem: Problem | None = None
+) -> tuple[Dataset, DataStatistics]:
+    """Opens rows and checks every one of them.
+
+    Args:
+        problem: what is to be predicted; one without labels gets those of these rows.
+
+    Raises DataError naming the setting, the file and the row.
+    """
     dataset = open_data(parts, section, codec)
+    dataset.problem = problem
+    if problem is not None and not problem.labels:
+        dataset.problem = find_labels(dataset.rows(), problem.kind, problem.seed)
     with progress(len(dataset), f"reading {where}") as report:
         found = dataset.check(progress=report)
+    if dataset.problem is not None and dataset.problem.kind != "regression" and dataset.problem.outputs < 2:
+        told = f"every row has the same label, {dataset.problem.labels[0]!r}: there is nothing to tell apart"
+        raise DataError(told, where=where)
     _check_positions(found, section, codec.folder, where)
     return dataset, found
 

@@ -22,16 +22,21 @@ def ship(source: str, to: str, target: str) -> Path:
     if to == "peft":
         return _adapter(source, path)
     seen = look(source)
+    if to == "gguf" and seen.problem is not None:
+        told = f"it predicts {seen.problem.line()}; GGUF holds models that write text"
+        raise ConfigError(told, where=source, hint="use --to merged")
     from tunesmith.adapt.merge import merge
+    from tunesmith.models.ports import attached_to
 
     # fp32, so that the delta is added before anything is rounded
     opened = open_model(seen, precision="fp32")
-    if opened.route.adapters:
+    if opened.adapter is not None and (opened.adapter.inserts() or opened.adapter.trained):
         merge(opened.loaded, opened.route.adapters)
     if to == "merged":
         from tunesmith.export.merged import save_merged
 
-        return save_merged(opened.loaded, path)
+        # what was opened has at most one head: that of the run
+        return save_merged(opened.loaded, path, head=next(iter(attached_to(opened.loaded.model).heads.values()), None))
     from tunesmith.export.gguf import save_gguf
 
     return save_gguf(opened.loaded, path)

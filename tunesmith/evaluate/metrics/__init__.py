@@ -54,9 +54,30 @@ METRICS = Registry(
         ),
         "f1": ("tunesmith.evaluate.metrics.match:TokenF1", "shared words with the best reference, per cent"),
         "accuracy": ("tunesmith.evaluate.metrics.match:Accuracy", "share of right labels, per cent"),
+        "matthews": ("tunesmith.evaluate.metrics.labels:Matthews", "Matthews correlation of labels, -100 to 100"),
+        "pearson": ("tunesmith.evaluate.metrics.labels:Pearson", "correlation of scores, -100 to 100"),
+        "spearman": ("tunesmith.evaluate.metrics.labels:Spearman", "correlation of the ranks of scores, -100 to 100"),
         "valid_json": ("tunesmith.evaluate.metrics.match:ValidJson", "share that parses as JSON, per cent"),
     },
 )
+
+PREDICTED = Registry(
+    "metric of predictions",
+    {
+        "loss": ("tunesmith.evaluate.metrics.labels:HeadLoss", "mean loss of a label or a score"),
+        "accuracy": ("tunesmith.evaluate.metrics.labels:LabelAccuracy", "share of right labels, per cent"),
+        "f1": ("tunesmith.evaluate.metrics.labels:LabelF1", "F1 of the second of two labels, or mean F1, per cent"),
+        **{name: METRICS.table[name] for name in ("matthews", "pearson", "spearman")},
+    },
+)
+"""What a prediction head is judged by; `f1` and `loss` mean something else for a model that writes."""
+
+OF_PROBLEM = {
+    "classification": ("loss", "accuracy", "f1", "matthews"),
+    "regression": ("loss", "pearson", "spearman"),
+    "tokens": ("loss", "accuracy", "f1", "matthews"),
+}
+"""The metrics of each problem."""
 
 E2E = ("bleu_mteval", "nist", "meteor", "rougeL_coco", "cider")
 """The five of the E2E challenge, equal to its reference implementation; `e2e` in a list of metrics means these."""

@@ -39,12 +39,13 @@ class Metric:
 
     Attributes:
         name: as in the configuration.
-        needs: `completions` is scored against references; `losses` against nothing but the model's own losses.
+        needs: `completions` are scored against references; `predictions` are labels or scores, be they those of a
+            head or written out; `losses` are nothing but the model's own.
         higher_is_better: which way is an improvement.
     """
 
     name: ClassVar[str]
-    needs: ClassVar[Literal["completions", "losses"]] = "completions"
+    needs: ClassVar[Literal["completions", "predictions", "losses"]] = "completions"
     higher_is_better: ClassVar[bool] = True
 
     @property
