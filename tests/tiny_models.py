@@ -13,6 +13,7 @@ from tunesmith.adapt.adapter import Adapter
 from tunesmith.core.problem import Problem
 from tunesmith.core.types import Batch
 from tunesmith.models.families import FAMILIES, Family, family_of
+from tunesmith.models.soft import roomy
 
 torch.set_num_threads(1)
 
@@ -167,9 +168,11 @@ def roles_of(family: str) -> tuple[str, ...]:
 def answers(loaded: TinyLoaded) -> torch.Tensor:
     """What a model says of fixed tokens."""
     more = {"decoder_input_ids": IDS} if loaded.family.kind == "seq2seq" else {}
-    with torch.no_grad():
-        output = loaded.model(input_ids=IDS, **more)
-    return output.logits if "logits" in output else output.last_hidden_state
+    # with room for soft tokens, where some act
+    with torch.no_grad(), roomy(loaded.model, None, list(IDS)) as texts:
+        output = loaded.model(input_ids=torch.stack(texts), **more)
+    found: torch.Tensor = output.logits if "logits" in output else output.last_hidden_state
+    return found[:, -IDS.shape[1] :]
 
 
 def disturb(adapter: Adapter, seed: int = 0, size: float = 0.1) -> None:

@@ -14,6 +14,8 @@ METHODS = Registry(
         "lp_ft": ("tunesmith.adapt.lp_ft:LPFT", "the output layer first, then everything"),
         "peft": ("tunesmith.adapt.peft_bridge:Peft", "a tuner of the peft library (extra: peft)"),
         "subspace": ("tunesmith.adapt.subspace:Subspace", "few numbers that move all weights of the blocks"),
+        "prompt": ("tunesmith.adapt.prompt:Prompt", "trained vectors before the input"),
+        "prefix_embed": ("tunesmith.adapt.prefix_embed:PrefixEmbed", "trained vectors before the input and within it"),
         "full": ("tunesmith.adapt.full:Full", "every parameter of the model"),
         "top_layers": ("tunesmith.adapt.top_layers:TopLayers", "the last blocks, everything below frozen"),
     },

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tunesmith.models.cross_entropy import wide
 from tunesmith.models.families import setting
+from tunesmith.models.soft import roomy
 
 if TYPE_CHECKING:
     from tunesmith.core.types import Batch
@@ -31,8 +32,8 @@ def token_losses(policy: Policy, batch: Batch) -> Tensor:
     heard = [torch.cat([part[:length], end]) for part, length in zip(parts, prompts, strict=True)]
     start = batch.ids.new_tensor([start_id(policy.model)])
     given = [torch.cat([start, part[length:-1]]) for part, length in zip(parts, prompts, strict=True)]
-    with policy.route.enter():
-        logits = policy.model(**_encoder(heard), decoder_input_ids=pad_sequence(given, True), use_cache=False).logits
+    with policy.route.enter(), roomy(policy.model, policy.route, heard) as texts:
+        logits = policy.model(**_encoder(texts), decoder_input_ids=pad_sequence(given, True), use_cache=False).logits
     ends = torch.tensor(batch.lengths, device=batch.ids.device).cumsum(0)
     targets = batch.sources + 1
     rows = torch.searchsorted(ends, targets, right=True)
@@ -43,10 +44,10 @@ def token_losses(policy: Policy, batch: Batch) -> Tensor:
 
 def start_states(policy: Policy, batch: Batch) -> Tensor:
     """The decoder's first state for each document, which the encoder reads whole as it is: [documents, width]."""
-    inputs = _encoder(_parts(batch))
     start = batch.ids.new_full((len(batch.lengths), 1), start_id(policy.model))
     model: Any = policy.model
-    with policy.route.enter():
+    with policy.route.enter(), roomy(model, policy.route, _parts(batch)) as texts:
+        inputs = _encoder(texts)
         heard = model.get_encoder()(**inputs).last_hidden_state
         states = model.get_decoder()(
             input_ids=start,
