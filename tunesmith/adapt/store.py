@@ -72,7 +72,7 @@ def save_run(adapter: Adapter, folder: Path) -> Path:
     """Writes `folder/adapter`, or `folder/model` where most of the model itself has been trained."""
     total = sum(parameter.numel() for parameter in adapter.loaded.model.parameters())
     trained = sum(parameter.numel() for parameter in adapter.trained.values())
-    if 2 * trained <= total:
+    if 2 * trained <= total or adapter.inserts():  # a plain model has no place for inserts
         return save_adapter(adapter, folder / "adapter")
     with atomic_folder(folder / "model") as work:
         write_model(adapter.loaded, work)
