@@ -39,6 +39,7 @@ class LoRA(Method):
         ranks: roles with a rank of their own; it takes the place of `rank` in the scale, too.
         lr_ratio: the learning rate of B in that of A (LoRA+, Hayou et al. 2024, arXiv 2402.12354). What takes the
             ratio is the factor that starts at zero: at an embedding it is A.
+        dora: the lengths of W's rows train apart from their directions, see `dora.py`.
         also_train: roles or module names whose parameters train whole.
         tie: where embedding and head share a weight and one of them is in `also_train`, they go on sharing it.
     """
@@ -51,6 +52,7 @@ class LoRA(Method):
     rslora: bool = False
     ranks: dict[str, Rank] = {}
     lr_ratio: float = Field(default=1.0, gt=0)
+    dora: bool = False
     also_train: Names = ()
     tie: bool = False
 
@@ -125,6 +127,7 @@ class LoRA(Method):
         import torch
         from torch import nn
 
+        from tunesmith.adapt import dora
         from tunesmith.core.rng import torch_generator
         from tunesmith.models.ports import Insert
 
@@ -141,13 +144,22 @@ class LoRA(Method):
             else:
                 a.uniform_(-(inputs**-0.5), inputs**-0.5, generator=draw)
         factors = {"A": nn.Parameter(a.to(device)), "B": nn.Parameter(b.to(device))}
-        return Insert(self, factors, target.rows, self.scaled(rank))
+        insert = Insert(self, factors, target.rows, self.scaled(rank))
+        if self.dora:
+            dora.start(insert, module)
+        return insert
 
     def delta(self, insert: Insert, x: Tensor, y: Tensor) -> Tensor:
-        """s B A x in the dtype of y: [..., outputs]. For an embedding, x holds ids."""
-        return low_rank(insert["A"], insert["B"], insert.scale, self.dropped(insert, x), y.dtype)
+        """What is added to the role's features, in the dtype of y: [..., outputs]. For an embedding, x holds ids."""
+        dropped = self._dropped(insert, x)
+        change = low_rank(insert["A"], insert["B"], insert.scale, dropped, y.dtype)
+        if self.dora:
+            from tunesmith.adapt import dora
 
-    def dropped(self, insert: Insert, x: Tensor) -> Tensor:
+            return dora.delta(insert, x, dropped, change, y)
+        return change
+
+    def _dropped(self, insert: Insert, x: Tensor) -> Tensor:
         """The input of the factors: x, with dropout in training; ids stay what they are."""
         import torch
         from torch.nn.functional import dropout
@@ -161,9 +173,14 @@ class LoRA(Method):
         return insert["A"].detach(), insert["B"].detach()
 
     def weight(self, insert: Insert) -> Tensor:
-        """s B A in float32: [outputs, inputs]."""
+        """The change of W in float32: [outputs, inputs]."""
         a, b = self.factors(insert)
-        return (b.float() @ a.float()) * insert.scale
+        change = (b.float() @ a.float()) * insert.scale
+        if self.dora:
+            from tunesmith.adapt import dora
+
+            return dora.weight(insert, change)
+        return change
 
     def _attached(self, loaded: Loaded, name: str, seed: int | None) -> Adapter:
         from tunesmith.adapt.adapter import Adapter

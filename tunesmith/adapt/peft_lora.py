@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tunesmith.adapt.dora import base_lengths
 from tunesmith.adapt.lora import LoRA
 from tunesmith.adapt.peft_names import (
     PREFIX,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 # what changes the function and is not written here; each is refused by its name
 _REFUSED = (
-    "use_dora", "layer_replication", "lora_bias", "trainable_token_indices", "target_parameters",
+    "layer_replication", "lora_bias", "trainable_token_indices", "target_parameters",
     "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
     "velora_config", "megatron_config",
 )  # fmt: skip
@@ -68,6 +69,7 @@ def written(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "lora_alpha": alpha,
         "lora_dropout": method.dropout,
         "use_rslora": method.rslora,
+        "use_dora": method.dora,
         "target_modules": module_names(adapter.loaded.model, list(ranks)),
         "rank_pattern": patterned(ranks, rank),
         "alpha_pattern": patterned(alphas, alpha),
@@ -92,6 +94,8 @@ def read(
     """
     _refuse(settings, where)
     if isinstance(own, LoRA):
+        if own.dora != bool(settings.get("use_dora")):
+            raise AdapterError("use_dora says otherwise than tunesmith_method", where=where)
         adapter = own.blank(loaded, name)
     else:
         adapter = _attach(loaded, settings, tensors, name, where)
@@ -150,6 +154,7 @@ def _method(
         targets=tuple(targets),
         dropout=settings.get("lora_dropout", 0.0),
         rslora=bool(settings.get("use_rslora")),
+        dora=bool(settings.get("use_dora")),
         also_train=tuple(whole),
         tie=bool(whole and settings.get("ensure_weight_tying")),
     )
@@ -186,6 +191,13 @@ def _fill_port(port: Port, inserts: dict[str, Insert], tensors: dict[str, Tensor
         insert["A"].copy_(down)
         mine = _own_rows(up, insert, port.path, where)
         insert["B"].copy_(tensors.get(_exact_name(port, role), mine / (insert.scale / first.scale)))
+        if "m" in insert._parameters:
+            lengths = tensors[_magnitude_name(port)].float()
+            insert["m"].copy_(lengths if insert.rows is None else gathered(lengths, insert.rows))
+    if "m" in first._parameters:
+        told = tensors[_magnitude_name(port)].to(first["m"].device)
+        if not torch.allclose(_magnitudes(port, inserts.values()), told, rtol=1e-4):
+            raise AdapterError(f"{port.path}: lengths of rows of another role differ from the base's", where=where)
 
 
 def _own_rows(up: Tensor, insert: Insert, path: str, where: str) -> Tensor:
@@ -205,7 +217,25 @@ def _joined(port: Port, inserts: dict[str, Insert]) -> dict[str, Tensor]:
         b_own = insert["B"].detach() * (insert.scale / held[0].scale)
         a.append(insert["A"].detach())
         b.append(b_own if insert.rows is None else spread(b_own.T, insert.rows).T)
-    return dict(zip(_names(port), (torch.cat(a), torch.cat(b, 1)), strict=True))
+    found = dict(zip(_names(port), (torch.cat(a), torch.cat(b, 1)), strict=True))
+    if "m" in held[0]._parameters:
+        found[_magnitude_name(port)] = _magnitudes(port, held)
+    return found
+
+
+def _magnitudes(port: Port, inserts: Iterable[Insert]) -> Tensor:
+    """DoRA's lengths for all output features of a port: where no role of ours is, those of the base."""
+    found = base_lengths(port)
+    for insert in inserts:
+        mine = insert["m"].detach()
+        if insert.rows is not None:
+            mine = torch.where(spread(torch.ones_like(mine), insert.rows) > 0, spread(mine, insert.rows), found)
+        found = mine
+    return found
+
+
+def _magnitude_name(port: Port) -> str:
+    return f"{PREFIX}{port.path}.lora_magnitude_vector"
 
 
 def _exact(port: Port, inserts: dict[str, Insert]) -> dict[str, Tensor]:

@@ -8,13 +8,16 @@ module runs. So the base is always there, tied as it was, and adapters with copi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tunesmith.core.errors import AdapterError
-from tunesmith.models.ports import Port, attached_to
+from tunesmith.models.ports import Port, attached_to, gathered, port_kind
 from tunesmith.models.route import Attached
+
+if TYPE_CHECKING:
+    from tunesmith.models.targets import Rows
 
 _WAS_TIED = "_tunesmith_was_tied"
 
@@ -75,6 +78,15 @@ def base_parameter(module: nn.Module, leaf: str = "weight") -> nn.Parameter | No
     """The base's own parameter of a module, whatever stands in its place."""
     swap = swap_of(module)
     return swap.base[leaf] if swap is not None and leaf in swap.base else module._parameters.get(leaf)
+
+
+def base_matrix(module: nn.Module, rows: Rows | None = None) -> Tensor:
+    """The base's weight of a map, or of some of its features: [outputs, inputs]; of an embedding, [width, ids]."""
+    weight = base_parameter(module)
+    assert weight is not None
+    held = weight.detach()
+    held = held if port_kind(module) == "linear" else held.T
+    return held if rows is None else gathered(held.T, rows).T
 
 
 def sharing(model: nn.Module, path: str) -> list[str]:
