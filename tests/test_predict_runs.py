@@ -192,3 +192,14 @@ def test_an_untuned_head_is_the_one_that_training_begins_with(encoder: Path, tmp
     done = run(config(tmp_path, encoder, opinions(20), train={"steps": 1, "rows_per_step": 20, "lr": 0.02}))
     first = json.loads((done / "metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(metric(done, "untuned", "loss"), rel=1e-5)
+
+
+def test_a_model_that_writes_learns_labels_as_words(tmp_path: Path) -> None:
+    """The same rows with sft. Kills: labels that are no answers; metrics of labels for heads alone."""
+    model = tiny_folder(tmp_path / "model")
+    judged = {"metrics": ["accuracy", "matthews", "loss"], "generate": 8}
+    train = {"steps": 80, "rows_per_step": 20, "lr": 0.01}
+    done = run(config(tmp_path, model, opinions(), objective="sft", method="full", evaluate=judged, train=train))
+    assert metric(done, "tuned", "accuracy") == 100.0
+    assert metric(done, "tuned", "matthews") == pytest.approx(100.0)
+    assert metric(done, "constant answer", "accuracy") == 50.0

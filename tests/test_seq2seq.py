@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from tiny_encoders import write_rows
 from tiny_models import disturb, one_document, tiny_batch, tiny_loaded
+from tiny_t5 import t5_folder
+from transformers import AutoTokenizer
 
 from tunesmith.adapt.full import Full
 from tunesmith.adapt.lora import LoRA
+from tunesmith.config import build_config
+from tunesmith.data.codec import Codec
+from tunesmith.data.encode import encode_row, prompt_ids
+from tunesmith.data.rows import Dialogue, Message
+from tunesmith.data.templates import open_template
 from tunesmith.models.generate import generate
 from tunesmith.models.policy import Policy
 from tunesmith.models.route import BASE
 from tunesmith.models.seq2seq import prompts_of
 from tunesmith.objectives.sft import SFT
+from tunesmith.run import run
+from tunesmith.run.api import generate as generate_text
 
 LENGTHS = (7, 3, 9, 5)
 END = 1
@@ -95,3 +106,42 @@ def test_what_is_trained_is_what_is_written():
     prompt, answer = ids[:2].tolist(), ids[2:-1].tolist()
     assert free != answer
     assert generate(loaded, adapter.route, [prompt], max_new_tokens=8, stop_ids={END})[0].ids == answer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return t5_folder(tmp_path_factory.mktemp("t5"))
+
+
+@pytest.mark.parametrize("prompt", ["name three colours:", "name three colours: ", "the quick brown fox?"])
+@pytest.mark.parametrize("completion", ["Red and blue.", " Red and blue."])
+def test_rows_are_tokens_as_transformers_makes_them_of_two_texts(folder, prompt, completion):
+    """Kills: an answer that begins in the middle of a word; a prompt with, or an answer without, its end."""
+    theirs, codec = AutoTokenizer.from_pretrained(folder), Codec.open(folder)
+    row = Dialogue((Message("user", prompt), Message("assistant", completion, supervised=True)), plain=True)
+    example = encode_row(row, open_template("auto", codec), codec, 64)
+    first = example.supervised.index(True)
+    assert [*example.ids[:first], END] == theirs(prompt)["input_ids"]
+    assert example.ids[first:] == theirs(completion)["input_ids"]
+    assert prompt_ids(row, open_template("auto", codec), codec) == example.ids[:first]
+
+
+def test_a_tiny_t5_is_tuned_and_answers(folder, tmp_path):
+    """End to end. Kills: a plan, a run or an exam that takes every model that writes for a decoder."""
+    rows = [{"prompt": f"name {word}:", "completion": f"{word} and blue"} for word in ("red", "green", "three", "dog")]
+    data = str(write_rows(tmp_path / "rows.jsonl", rows))
+    made = build_config(
+        {
+            "model": str(folder), "data": {"train": data, "eval": data}, "method": "full",
+            "train": {"steps": 120, "rows_per_step": 4, "lr": 0.01}, "precision": {"compute": "fp32"}, "log": [],
+            "evaluate": {"metrics": ["exact_match", "loss", "rougeL"], "generate": 12}, "out": str(tmp_path / "run"),
+        }
+    )  # fmt: skip
+    done = run(made)
+    assert json.loads((done / "plan.json").read_text())["activations"] == "traced"
+    models = json.loads((done / "eval.json").read_text())["models"]
+    tuned = models[-1]["metrics"]
+    assert tuned["exact_match"]["value"] == 100.0
+    assert tuned["loss"]["value"] < 0.5 < models[0]["metrics"]["loss"]["value"]
+    [answer] = generate_text(done, "name green:", max_tokens=12)
+    assert answer == "green and blue"

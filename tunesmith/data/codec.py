@@ -76,6 +76,7 @@ class Codec:
         chat_template: the model's own template, or None.
         stop_ids: what ends a generation: the end token and those of generation_config.json.
         adds_bos: whether plain text gets the beginning token in front by default.
+        splits: whether an encoder reads the prompt and a decoder writes the answer, both being texts of their own.
     """
 
     @classmethod
@@ -85,7 +86,9 @@ class Codec:
         config = _optional(folder / "tokenizer_config.json")
         tokens = _named_tokens(folder, config)
         tokenizer = _tokenizer(folder, config)
-        return cls(tokenizer, tokens, config, folder, chat_template=_chat_template(folder, config))
+        codec = cls(tokenizer, tokens, config, folder, chat_template=_chat_template(folder, config))
+        codec.splits = _optional(folder / "config.json").get("is_encoder_decoder") is True
+        return codec
 
     def __init__(
         self,
@@ -100,6 +103,7 @@ class Codec:
         self.chat_template = chat_template
         self._tokenizer = tokenizer
         self.bos, self.eos, self.pad = (self._id_of(name) for name in ("bos_token", "eos_token", "pad_token"))
+        self.splits = False
         self.adds_bos = self.bos is not None and self._post_processor_adds(config)
         self.controls = _controls(tokenizer, set(tokens.values()))
         self.stop_ids = _stop_ids(folder) | ({self.eos} if self.eos is not None else set())
@@ -206,6 +210,10 @@ class Codec:
         done = 0
         head: list[int] = []
         for cut in [*cuts, len(text)]:
+            if self.splits and done:
+                yield done, self._ids(text[done:cut], first=True)
+                done = cut
+                continue
             whole = self._ids(text[:cut], first)
             if whole[: len(head)] == head:
                 part = whole[len(head) :]

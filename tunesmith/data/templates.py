@@ -128,9 +128,11 @@ def open_template(spec: str, codec: Codec, *, plain: bool = False) -> Template:
     """The template that `data.template` asks for.
 
     `auto` is the model's own; where it has none, chatml if the tokenizer has its tokens, else alpaca. Rows that
-    are bare prompt and completion (`plain`) are joined as they are. Raises ConfigError, ModelError for the model's own.
+    are bare prompt and completion (`plain`) are joined as they are, and so are those of an encoder-decoder.
+
+    Raises ConfigError, ModelError for the model's own.
     """
-    if spec == "auto" and plain:
+    if spec == "auto" and (plain or (codec.splits and codec.chat_template is None)):
         return Template("plain", _built_in("plain"), codec, trusted=True)
     if spec == "auto" and codec.chat_template is not None:
         return _own(codec.chat_template, codec)
