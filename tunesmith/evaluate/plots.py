@@ -13,6 +13,8 @@ from itertools import accumulate
 
 from markupsafe import Markup, escape
 
+from tunesmith.core.amounts import in_count
+
 Point = tuple[float, float]
 
 _WIDTH, _HEIGHT = 460, 230
@@ -48,6 +50,44 @@ def line_chart(title: str, series: Sequence[Series], number: Callable[[float], s
     parts.append(_legend(series))
     parts.append(_hover(series, across, up, number, x_name))
     label = f"{title}: " + "; ".join(_summary(one, number, x_name) for one in series if one.kind != "faint")
+    return _svg("chart", _WIDTH, _HEIGHT, label, parts)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One mark of a scatter.
+
+    Attributes:
+        name: shown under the pointer.
+        x: above 0.
+        y, low, high: the value and the ends of its interval, which may be missing.
+        kind: `main` or `second`.
+    """
+
+    name: str
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+    kind: str = "main"
+
+
+def scatter(title: str, dots: Sequence[Dot], number: Callable[[float], str], level: float | None = None) -> Markup:
+    """Values over amounts on a scale of powers of ten, each with its interval; `level` is a line across."""
+    if not dots:
+        return Markup("")
+    ys = [y for dot in dots for y in (dot.y, dot.low, dot.high) if y is not None] + ([] if level is None else [level])
+    powers = [math.log10(dot.x) for dot in dots]
+    low, high = math.floor(min(powers)), math.ceil(max(powers) + 1e-9)
+    power, up = _scale(low, max(high, low + 1), _LEFT, _WIDTH - _RIGHT - 8), _vertical(ys)
+    parts = [_grid(nice_ticks(min(ys), max(ys), 5), up, number)]
+    for tick in range(low, max(high, low + 1) + 1):
+        parts.append(_text("tick", power(tick), _HEIGHT - 9, in_count(10.0**tick), "middle"))
+    if level is not None:
+        parts.append(_tag("path", "guide", d=f"M{_LEFT} {up(level):.1f}H{_WIDTH - _RIGHT}"))
+    for dot in sorted(dots, key=lambda dot: dot.kind, reverse=True):
+        parts.append(_mark(dot, power(math.log10(dot.x)), up, number))
+    label = f"{title}: " + "; ".join(f"{dot.name} {number(dot.y)} with {dot.x:,.0f}" for dot in dots)
     return _svg("chart", _WIDTH, _HEIGHT, label, parts)
 
 
@@ -204,6 +244,16 @@ def _hover(
         tip = _text("tip", _WIDTH - _RIGHT, 16, text, "end")
         parts.append(f'<g class="point">{box}{guide}{dot}{tip}</g>')
     return "".join(parts)
+
+
+def _mark(dot: Dot, x: float, up: Callable[[float], float], number: Callable[[float], str]) -> str:
+    y = up(dot.y)
+    whisker = ""
+    if dot.low is not None and dot.high is not None:
+        whisker = _tag("path", "whisker", d=f"M{x:.1f} {up(dot.low):.1f}V{up(dot.high):.1f}")
+    seen = whisker + _tag("circle", f"dot {dot.kind}", cx=x, cy=y, r=4.5)
+    tip = _text("tip", _WIDTH - _RIGHT, 16, f"{dot.name}: {number(dot.y)}, {dot.x:,.0f} parameters", "end")
+    return f'{seen}<g class="point">{_tag("circle", "hit", cx=x, cy=y, r=12)}{tip}</g>'
 
 
 def _nearest(points: Sequence[Point], x: float) -> float:

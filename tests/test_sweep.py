@@ -1,0 +1,291 @@
+"""A sweep: exact sizes under a budget, trials that are run once, whatever ends them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fault_cases import alpaca
+from tiny_folders import tiny_folder
+from typer.testing import CliRunner
+
+from tunesmith.adapt.methods import METHODS
+from tunesmith.cli.main import app
+from tunesmith.cli.sweep import _count
+from tunesmith.config import load_config
+from tunesmith.core.errors import CheckpointError, ConfigError
+from tunesmith.models.load import meta
+from tunesmith.run.spaces import SPACES, Counter, Wanted, choose, title
+from tunesmith.run.sweep import Order, Sweep, plan_sweep
+from tunesmith.run.sweeping import better_half, run_sweep
+
+SETTINGS = """
+model: model
+data: {train: train.jsonl, eval: eval.jsonl, max_length: 64}
+train: {steps: 4, rows_per_step: 4, micro_batch_rows: 4, lr: 1.0e-2, save_every: 2}
+evaluate: {metrics: [loss], generate: 6}
+precision: {compute: fp32}
+out: out
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tiny_folder(tmp_path / "model")
+    (tmp_path / "train.jsonl").write_text("\n".join(alpaca(24)) + "\n")
+    (tmp_path / "eval.jsonl").write_text("\n".join(alpaca(4, 100)) + "\n")
+    (tmp_path / "general.txt").write_text("the quick brown fox jumps over the lazy dog\n\n" * 4)
+    (tmp_path / "s.yaml").write_text(SETTINGS)
+    return tmp_path
+
+
+def planned(*methods: str, budget: int | None = 1000, seeds: int = 1, **more: Any) -> Sweep:
+    wanted = {name: more.pop(name) for name in ("within", "grid", "ranks") if name in more}
+    order = Order(Wanted(budget, methods=methods, **wanted), seeds, forgetting="general.txt", **more)
+    return plan_sweep(load_config("s.yaml"), order)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Every file of the trials, as they are on the disk."""
+    files = [file for file in (folder / "out" / "trials").rglob("*") if file.is_file() and file.name != ".lock"]
+    return {str(file): f"{hashlib.sha256(file.read_bytes()).hexdigest()} {file.stat().st_mtime_ns}" for file in files}
+
+
+# what is tried
+
+
+def test_every_size_is_counted_by_attaching_and_within_the_budget(folder: Path) -> None:
+    """Kills: a formula instead of a count; a budget that is met on average."""
+    count = Counter(lambda: meta("model"))
+    chosen = choose(Wanted(1000, within=0.1), count)
+    fits = [one for one in chosen.settings if one.why == "budget"]
+    assert {one.method.kind for one in fits} >= {"lora", "adapter"}
+    for one in chosen.settings:
+        adapter = one.method.attach(meta("model"))
+        assert sum(value.numel() for value in adapter.parameters.values()) == one.parameters
+        assert one.why != "budget" or abs(one.parameters - 1000) <= 100, one.name
+    assert len({one.name for one in chosen.settings}) == len(chosen.settings)
+
+
+def test_methods_of_a_fixed_size_come_along_as_references(folder: Path) -> None:
+    chosen = choose(Wanted(1000, methods=("full", "bitfit", "lora")), Counter(lambda: meta("model")))
+    assert {one.name for one in chosen.settings if one.why == "reference"} == {"full", "bitfit"}
+
+
+def test_what_does_not_fit_is_left_out_with_its_nearest_size(folder: Path) -> None:
+    """128 numbers a rank on q: 1,000 are 7.8 of them. Kills: a row that is silently missing."""
+    chosen = choose(Wanted(1000, within=0.01, methods=("lora",)), Counter(lambda: meta("model")))
+    assert chosen.settings == []
+    assert "rank 8: 1,024" in chosen.left_out["lora-q"]
+
+
+def test_a_grid_spends_one_budget_on_every_choice_of_weights(folder: Path) -> None:
+    """Seven cells, as in the LoRA paper. Kills: a rank that is the same for all; a cell that is dropped."""
+    found = choose(Wanted(3600, within=0.1, grid=True, ranks=(1, 2)), Counter(lambda: meta("model")))
+    cells = {tuple(one.method.targets): one for one in found.settings if one.why == "budget"}
+    left = {name.removeprefix("lora-") for name in found.left_out}
+    assert {"".join(targets) for targets in cells} | left == {"q", "k", "v", "o", "qk", "qv", "qkvo"}
+    assert all(abs(one.parameters - 3600) <= 360 for one in cells.values())
+    ranks = [(tuple(one.method.targets), one.method.rank) for one in found.settings if one.why == "ranks"]
+    assert ranks == [(targets, rank) for targets in (("q",), ("q", "v"), ("q", "k", "v", "o")) for rank in (1, 2)]
+
+
+def test_a_sweep_knows_every_method(folder: Path) -> None:
+    """Kills: a method that is added and never compared."""
+    assert set(METHODS.table) - {"peft"} <= set(SPACES)
+
+
+def test_a_wrong_request_is_told_before_anything_is_opened(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="no method of a sweep"):
+        Wanted(1000, methods=("lorra",))
+    with pytest.raises(ConfigError, match="how many parameters"):
+        Wanted(None)
+    with pytest.raises(ConfigError, match="no effect"):
+        planned("lora", lrs={"full": 1e-3})
+    (folder / "s.yaml").write_text(SETTINGS.replace("metrics: [loss], ", ""))
+    with pytest.raises(ConfigError, match="needs a score"):
+        planned("lora")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("1.2M", 1_200_000), ("300k", 300_000), ("294,912", 294_912), ("1B", 10**9)]
+)
+def test_a_budget_is_written_as_people_write_it(text: str, count: int) -> None:
+    assert _count(text) == count
+
+
+def test_names_of_rows_are_names_of_folders() -> None:
+    assert title("lora", {"targets": ["q", "v"], "rank": 16}) == "lora-qv-r16"
+    assert title("lora", {"targets": ["attn", "mlp"], "dora": True, "rank": 2}) == "lora-attn+mlp-dora-r2"
+    assert title("adapter", {"style": "lin", "size": 8}) == "adapter-lin-8"
+
+
+def test_a_dry_run_shows_what_would_be_run_and_runs_nothing(folder: Path) -> None:
+    words = (
+        "sweep s.yaml --budget 1k --within 0.1 --methods lora,full --dry-run --json --forgetting none --lr full=1e-3"
+    )
+    result = CliRunner().invoke(app, words.split())
+    found = json.loads(result.stdout)
+    assert {one["name"]: one["lr"] for one in found["settings"]}["full"] == 1e-3
+    assert found["trials"] == 3 * len(found["settings"])
+    assert not (folder / "out").exists()
+
+
+def test_the_better_half_goes_on() -> None:
+    """Kills: the worse half; a failed trial among the kept; an odd one that is lost."""
+    chosen = choose(Wanted(None, ranks=(1, 2, 3)), Counter(lambda: tiny_meta())).settings[:3]
+    facts = {
+        one.name: {"status": "finished", "metrics": {"loss": {"value": value}}}
+        for one, value in zip(chosen, (1.0, 3.0, 2.0), strict=True)
+    }
+    assert [one.name for one in better_half(chosen, facts, "loss")] == [chosen[0].name, chosen[2].name]
+    facts[chosen[0].name] = {"status": "failed"}
+    assert [one.name for one in better_half(chosen, facts, "loss")] == [chosen[1].name, chosen[2].name]
+
+
+def tiny_meta() -> Any:
+    from tiny_models import tiny_loaded
+
+    return tiny_loaded("llama")
+
+
+# running it
+
+
+@pytest.mark.slow
+def test_a_finished_trial_is_not_run_again_and_a_seed_more_runs_only_that(folder: Path) -> None:
+    """Kills: a resume that begins anew; trials that are known by their order and not by their settings."""
+    found = run_sweep(planned("lora", "full", within=0.03, seeds=1))
+    names = [row["name"] for row in found["rows"]]
+    assert names == ["lora-q-r8", "full"]
+    assert not found["partial"]
+    before = hashes(folder)
+    again = run_sweep(planned("lora", "full", within=0.03, seeds=1))
+    assert hashes(folder) == before
+    assert again["rows"] == found["rows"]
+    more = run_sweep(planned("lora", "full", within=0.03, seeds=2))
+    assert [row["finished"] for row in more["rows"]] == [2, 2]
+    assert {name: now for name, now in hashes(folder).items() if name in before} == before
+    for row in more["rows"]:
+        assert row["score"]["low"] < row["score"]["mean"] < row["score"]["high"]
+        assert row["peak_bytes"] > 0
+        assert row["cpu_seconds"] > 0
+        assert row["forgetting"] is not None
+        assert row["bytes"] > 4 * row["parameters"]
+    lora, full = more["rows"] if more["rows"][0]["kind"] == "lora" else reversed(more["rows"])
+    assert lora["parameters"] == 1024
+    assert lora["latency"]["unmerged"]["ratio"] > lora["latency"]["merged"]["ratio"]
+    assert full["latency"] is None
+    assert lora["spectrum"]["largest_rank"] <= 8
+    assert not list((folder / "out").rglob("checkpoints"))
+    assert all((folder / "out" / name).exists() for name in ("sweep.json", "table.md", "sweep.html", "base/eval.json"))
+    (folder / "s.yaml").write_text(SETTINGS.replace("steps: 4", "steps: 5"))
+    with pytest.raises(CheckpointError, match=r"train\.steps: 4 -> 5"):
+        planned("lora", "full", within=0.03)
+
+
+@pytest.mark.slow
+def test_a_trial_that_diverges_is_recorded_and_the_others_run(folder: Path) -> None:
+    """Kills: one failure that ends a night's work; a failure that is tried again each time."""
+    # at a rate of 100 each step turns matrices over and makes them 89 times as large; biases do not decay
+    text = SETTINGS.replace("steps: 4", "steps: 24, weight_decay: 0.9, schedule: constant, warmup: 0.0")
+    (folder / "s.yaml").write_text(text)
+    lrs = {"full": 100.0}
+    found = run_sweep(planned("full", "bitfit", lrs=lrs))
+    by = {row["name"]: row for row in found["rows"]}
+    assert by["bitfit"]["score"] is not None
+    assert by["full"]["score"] is None
+    assert "not a finite number" in by["full"]["failures"][0]["error"]
+    before = hashes(folder)
+    run_sweep(planned("full", "bitfit", lrs=lrs))
+    assert hashes(folder) == before
+
+
+@pytest.mark.slow
+def test_minutes_end_a_sweep_in_the_middle_of_a_trial_and_the_next_goes_on(folder: Path) -> None:
+    """Kills: a budget that waits for the trial; a partial table that does not say so; lost steps."""
+    (folder / "s.yaml").write_text(SETTINGS.replace("steps: 4", "steps: 100000"))
+    found: dict[str, Any] = {}
+    for _ in range(20):  # until the base has been judged, which has its own time
+        found = run_sweep(planned("bitfit", minutes=0.15))
+        if found and list((folder / "out").rglob("manifest.json")):
+            break
+    assert found["partial"]
+    assert "PARTIAL: 0 of 1 trials" in (folder / "out" / "table.md").read_text()
+    steps = len((folder / "out/trials/bitfit-s0/metrics.jsonl").read_text().splitlines())
+    assert 0 < steps < 100000
+    run_sweep(planned("bitfit", minutes=0.15))
+    assert len((folder / "out/trials/bitfit-s0/metrics.jsonl").read_text().splitlines()) > steps
+
+
+@pytest.mark.slow
+def test_halving_gives_full_runs_to_the_better_half_of_the_better_half(folder: Path) -> None:
+    found = run_sweep(planned("full", "bitfit", "ia3", "top_layers", seeds=1, halving=True))
+    assert len(found["rows"]) == 1
+    assert sorted(reason.rsplit(" ", 2)[-2] for reason in found["left_out"].values()) == ["1", "1", "2"]
+    assert not found["partial"]
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+    words = ["sweep", "s.yaml", "--budget", "1k", "--methods", "lora,full", "--within", "0.03", "--seeds", "2"]
+    paths = f"{Path(__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return subprocess.Popen(
+        [sys.executable, "-m", "tunesmith", *words, "--forgetting", "general.txt", *more],
+        cwd=folder, env={**os.environ, "PYTHONPATH": paths}, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(pattern: str, folder: Path, program: subprocess.Popen[str]) -> None:
+    while not list(folder.glob(pattern)):
+        assert program.poll() is None, program.stderr.read() if program.stderr else ""
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_sweep_that_is_killed_keeps_its_finished_trials_and_leaves_nothing_running(
+    folder: Path, number: signal.Signals
+) -> None:
+    """Kills: a trial that outlives its sweep; a half-written result that is believed; an exit code of success."""
+    program = start(folder)
+    wait_for("out/trials/*/trial.json", folder, program)
+    wait_for("out/trials/*-s*/config.yaml", folder, program)
+    done = {str(path): path.read_bytes() for path in (folder / "out").glob("trials/*/trial.json")}
+    program.send_signal(number)
+    assert program.wait(60) == (75 if number == signal.SIGTERM else -number)
+    deadline = time.monotonic() + 30
+    while alive(folder) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert alive(folder) == []
+    again = start(folder)
+    assert again.wait(300) == 0, again.stderr.read() if again.stderr else ""
+    for path, content in done.items():
+        assert Path(path).read_bytes() == content
+    found = json.loads((folder / "out" / "sweep.json").read_text())
+    assert (found["partial"], found["finished"], found["trials"]) == (False, 4, 4)
+
+
+def alive(folder: Path) -> list[int]:
+    """Processes that work in a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            at = os.readlink(process / "cwd")
+            state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if at == str(folder) and state != "Z" and int(process.name) != os.getpid():
+            found.append(int(process.name))
+    return found
