@@ -40,6 +40,7 @@ class LoRA(Method):
         lr_ratio: the learning rate of B in that of A (LoRA+, Hayou et al. 2024, arXiv 2402.12354). What takes the
             ratio is the factor that starts at zero: at an embedding it is A.
         dora: the lengths of W's rows train apart from their directions, see `dora.py`.
+        init: pissa starts the factors at the largest singular parts of W, see `pissa.py`.
         also_train: roles or module names whose parameters train whole.
         tie: where embedding and head share a weight and one of them is in `also_train`, they go on sharing it.
     """
@@ -53,11 +54,14 @@ class LoRA(Method):
     ranks: dict[str, Rank] = {}
     lr_ratio: float = Field(default=1.0, gt=0)
     dora: bool = False
+    init: Literal["default", "pissa"] = "default"
     also_train: Names = ()
     tie: bool = False
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> LoRA:
+        if self.dora and self.init == "pissa":
+            raise ValueError("dora and init: pissa are two methods; choose one")
         both = sorted(set(self.targets) & set(self.also_train))
         if both:
             raise ValueError(f"{both[0]} is in targets and in also_train; choose one")
@@ -127,7 +131,7 @@ class LoRA(Method):
         import torch
         from torch import nn
 
-        from tunesmith.adapt import dora
+        from tunesmith.adapt import dora, pissa
         from tunesmith.core.rng import torch_generator
         from tunesmith.models.ports import Insert
 
@@ -147,17 +151,43 @@ class LoRA(Method):
         insert = Insert(self, factors, target.rows, self.scaled(rank))
         if self.dora:
             dora.start(insert, module)
+        if self.init == "pissa":
+            pissa.start(insert, module, is_blank=seed is None)
         return insert
 
     def delta(self, insert: Insert, x: Tensor, y: Tensor) -> Tensor:
         """What is added to the role's features, in the dtype of y: [..., outputs]. For an embedding, x holds ids."""
-        dropped = self._dropped(insert, x)
-        change = low_rank(insert["A"], insert["B"], insert.scale, dropped, y.dtype)
-        if self.dora:
-            from tunesmith.adapt import dora
+        from tunesmith.adapt import dora, pissa
 
-            return dora.delta(insert, x, dropped, change, y)
-        return change
+        dropped = self._dropped(insert, x)
+        if self.init == "pissa":
+            return pissa.delta(insert, x, dropped, y.dtype)
+        change = low_rank(insert["A"], insert["B"], insert.scale, dropped, y.dtype)
+        return dora.delta(insert, x, dropped, change, y) if self.dora else change
+
+    def weight(self, insert: Insert) -> Tensor:
+        """The change of W in float32: [outputs, inputs]."""
+        from tunesmith.adapt import dora, pissa
+
+        if self.init == "pissa":
+            return pissa.weight(insert)
+        change = (insert["B"].detach().float() @ insert["A"].detach().float()) * insert.scale
+        return dora.weight(insert, change) if self.dora else change
+
+    def factors(self, insert: Insert) -> tuple[Tensor, Tensor]:
+        """The low-rank change s B A as a pair: A [rank, inputs] and B [outputs, rank]; PiSSA's has twice the rank."""
+        from tunesmith.adapt import pissa
+
+        return pissa.factors(insert) if self.init == "pissa" else (insert["A"].detach(), insert["B"].detach())
+
+    def fill(self, insert: Insert, a: Tensor, b: Tensor) -> None:
+        """Takes over a pair that `factors` has made."""
+        from tunesmith.adapt import pissa
+
+        if self.init == "pissa":
+            return pissa.fill(insert, a, b)
+        insert["A"].copy_(a)
+        insert["B"].copy_(b)
 
     def _dropped(self, insert: Insert, x: Tensor) -> Tensor:
         """The input of the factors: x, with dropout in training; ids stay what they are."""
@@ -167,20 +197,6 @@ class LoRA(Method):
         if self.dropout and insert.training and torch.is_floating_point(x):
             return dropout(x, self.dropout)
         return x
-
-    def factors(self, insert: Insert) -> tuple[Tensor, Tensor]:
-        """What the change is made of, s B A: A [rank, inputs] and B [outputs, rank]."""
-        return insert["A"].detach(), insert["B"].detach()
-
-    def weight(self, insert: Insert) -> Tensor:
-        """The change of W in float32: [outputs, inputs]."""
-        a, b = self.factors(insert)
-        change = (b.float() @ a.float()) * insert.scale
-        if self.dora:
-            from tunesmith.adapt import dora
-
-            return dora.weight(insert, change)
-        return change
 
     def _attached(self, loaded: Loaded, name: str, seed: int | None) -> Adapter:
         from tunesmith.adapt.adapter import Adapter

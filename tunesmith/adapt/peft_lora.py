@@ -59,7 +59,7 @@ def written(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = {f"{PREFIX}{path}": value.clone() for path, value in _copied(adapter).items()}
     for port, inserts in groups.items():
         tensors |= _joined(port, inserts) | _exact(port, inserts)
-    ranks = {port.path: _rank(inserts) for port, inserts in groups.items()}
+    ranks = {port.path: _rank(inserts.values()) for port, inserts in groups.items()}
     alphas = {port.path: _alpha(inserts, method) for port, inserts in groups.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     settings = {
@@ -185,12 +185,11 @@ def _fill(adapter: Adapter, tensors: dict[str, Tensor], where: str) -> None:
 
 def _fill_port(port: Port, inserts: dict[str, Insert], tensors: dict[str, Tensor], where: str) -> None:
     a, b = (tensors[key].float() for key in _names(port))
-    ranks = [insert["A"].shape[0] for insert in inserts.values()]
+    ranks = [_rank([insert]) for insert in inserts.values()]
     first = next(iter(inserts.values()))
     for (role, insert), down, up in zip(inserts.items(), a.split(ranks), b.split(ranks, 1), strict=True):
-        insert["A"].copy_(down)
-        mine = _own_rows(up, insert, port.path, where)
-        insert["B"].copy_(tensors.get(_exact_name(port, role), mine / (insert.scale / first.scale)))
+        mine = _own_rows(up, insert, port.path, where) / (insert.scale / first.scale)
+        _lora(insert).fill(insert, down, tensors.get(_exact_name(port, role), mine))
         if "m" in insert._parameters:
             lengths = tensors[_magnitude_name(port)].float()
             insert["m"].copy_(lengths if insert.rows is None else gathered(lengths, insert.rows))
@@ -214,9 +213,10 @@ def _joined(port: Port, inserts: dict[str, Insert]) -> dict[str, Tensor]:
     held = list(inserts.values())
     a, b = [], []
     for insert in held:
-        b_own = insert["B"].detach() * (insert.scale / held[0].scale)
-        a.append(insert["A"].detach())
-        b.append(b_own if insert.rows is None else spread(b_own.T, insert.rows).T)
+        down, up = _lora(insert).factors(insert)
+        up = up * (insert.scale / held[0].scale)
+        a.append(down)
+        b.append(up if insert.rows is None else spread(up.T, insert.rows).T)
     found = dict(zip(_names(port), (torch.cat(a), torch.cat(b, 1)), strict=True))
     if "m" in held[0]._parameters:
         found[_magnitude_name(port)] = _magnitudes(port, held)
@@ -242,7 +242,7 @@ def _exact(port: Port, inserts: dict[str, Insert]) -> dict[str, Tensor]:
     """B as it is of every role of a map whose roles have several scales: bringing them to one has rounded it."""
     if len({insert.scale for insert in inserts.values()}) == 1:
         return {}
-    return {_exact_name(port, role): insert["B"].detach() for role, insert in inserts.items()}
+    return {_exact_name(port, role): _lora(insert).factors(insert)[1] for role, insert in inserts.items()}
 
 
 def _exact_name(port: Port, role: str) -> str:
@@ -292,12 +292,17 @@ def _refuse(settings: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _rank(inserts: dict[str, Insert]) -> int:
-    return sum(insert["A"].shape[0] for insert in inserts.values())
+def _lora(insert: Insert) -> LoRA:
+    assert isinstance(insert.method, LoRA)
+    return insert.method
+
+
+def _rank(inserts: Iterable[Insert]) -> int:
+    return sum(insert["A"].shape[0] * (2 if _lora(insert).init == "pissa" else 1) for insert in inserts)
 
 
 def _alpha(inserts: dict[str, Insert], method: LoRA) -> float:
     """The alpha that gives a module of these ranks the scale of its first insert."""
-    rank, scale = _rank(inserts), next(iter(inserts.values())).scale
+    rank, scale = _rank(inserts.values()), next(iter(inserts.values())).scale
     value = float(f"{scale * (rank**0.5 if method.rslora else rank):.15g}")
     return int(value) if value.is_integer() else value
