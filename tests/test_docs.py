@@ -262,7 +262,7 @@ def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytes
 def test_a_method_is_one_file_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The example of methods.md through the laws of every method. Kills: a seam that needs an edit elsewhere."""
     import torch
-    from test_methods import check_method
+    from conformance import check_method, check_rows
 
     [source] = [block for block in blocks("methods.md", "python") if file_of(block) == "gain.py"]
     (tmp_path / "gain.py").write_text(source)
@@ -274,6 +274,7 @@ def test_a_method_is_one_file_and_one_line(tmp_path: Path, monkeypatch: pytest.M
     assert type(told).__name__ == "Gain"
     for family in ("llama", "gpt2", "bert"):
         check_method(METHODS.load("gain")(), family, torch.float32, tmp_path / family)
+        check_rows(METHODS.load("gain")(), family, tmp_path / family)
     sys.modules.pop("gain", None)
 
 
