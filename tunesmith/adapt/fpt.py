@@ -67,8 +67,8 @@ class FPT(Method):
             return embedding(x, insert["weight"]).to(y.dtype)
         if kind == "linear":
             return linear(x, insert["weight"].to(y.dtype))
-        # in float32 twice and subtracted: what bfloat16 would round away at a gain of one still acts
+        # wide, twice, and subtracted: what bfloat16 would round away at a gain of one still acts
         changes = dict(insert.named_parameters())
-        x = x.float()
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         still = insert.rerun(x, **{name: torch.zeros_like(value) for name, value in changes.items()})
         return (insert.rerun(x, **changes) - still).to(y.dtype)
