@@ -6,6 +6,9 @@ The one idea: this is an attention function of transformers' own interface, so t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,12 +19,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tunesmith.core.errors import ModelError
-from tunesmith.models.route import current_segments
+from tunesmith.models.prefixes import Pair, preceding, side_by_side
+from tunesmith.models.route import current_segments, holding
 
 NAME = "tunesmith"
 # up to so many tokens torch's CPU kernel is faster in float32 than in bfloat16, forward and backward together: 3.4
 # times at 128, 1.4 at 256, 1.1 at 512; at 1024 it is slower
 _WIDE_TOKENS = 512
+_hearing: ContextVar[Callable[[nn.Module, Tensor, Tensor], None] | None] = ContextVar("tunesmith_hearing", default=None)
 
 
 def attend(
@@ -49,12 +54,21 @@ def attend(
     """
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     segments = current_segments()
+    hear = _hearing.get()
+    if hear is not None:
+        hear(module, key, value)
+    before = preceding(module, key, query.shape[0] if segments is None else len(segments.lengths))
     if segments is None:
+        if before is not None:
+            own = attention_mask if attention_mask is not None else _window(query, key, causal, None)
+            key, value, attention_mask = _preceded(query, key, value, own, before)
+            is_causal = False
         if softcap is None:
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **more
             )
-        mask = attention_mask if attention_mask is not None else _window(query, key, causal, None)
+        given = before is not None or attention_mask is not None
+        mask = attention_mask if given else _window(query, key, causal, None)
         return _capped(query, key, value, mask, dropout, scaling, softcap).transpose(1, 2).contiguous(), None
     if query.shape[0] != 1 or query.shape[2] != sum(segments.lengths) or key.shape[2] != query.shape[2]:
         raise ModelError(f"segments of {sum(segments.lengths)} tokens over a row of shape {tuple(query.shape)}")
@@ -62,13 +76,24 @@ def attend(
         raise ModelError("a sliding window without causal attention cannot run packed")
     lengths = list(segments.lengths)
     parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    outputs = [_one(*part, causal, dropout, scaling, sliding_window, softcap) for part in parts]
+    pairs = before or [None] * len(lengths)
+    outputs = [
+        _one(*part, pair, causal, dropout, scaling, sliding_window, softcap)
+        for part, pair in zip(parts, pairs, strict=True)
+    ]
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 
 def mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The mask that goes with `attend`: none within segments, else the one of sdpa."""
     return None if current_segments() is not None else sdpa_mask(*args, **kwargs)
+
+
+@contextmanager
+def hearing(hear: Callable[[nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
+    """Calls `hear` with each attention module and the keys and values that it is given within."""
+    with holding(_hearing, hear):
+        yield
 
 
 def use(model: PreTrainedModel) -> None:
@@ -85,18 +110,23 @@ def _one(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    before: Pair | None,
     causal: bool,
     dropout: float,
     scaling: float | None,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """One document: [1, heads, tokens, width]."""
-    reaches = window is None or window >= query.shape[2]
+    """One document: [1, heads, tokens, width]; `before` is what precedes its keys and values."""
+    reaches = before is None and (window is None or window >= query.shape[2])
+    free = 0
+    if before is not None:
+        free = before[0].shape[1]
+        key, value = torch.cat([before[0][None], key], 2), torch.cat([before[1][None], value], 2)
     if softcap is not None:
-        mask = _window(query, key, causal, window)
+        mask = _window(query, key, causal, window, free)
         return _capped(query, key, value, mask, dropout, scaling, softcap)
-    mask = None if reaches else _window(query, key, causal, window)
+    mask = None if reaches else _window(query, key, causal, window, free)
     dtype = query.dtype
     if dtype == torch.bfloat16 and query.device.type == "cpu" and query.shape[2] <= _WIDE_TOKENS:
         query, key, value = query.float(), key.float(), value.float()
@@ -112,15 +142,33 @@ def _one(
     ).to(dtype)
 
 
-def _window(query: Tensor, key: Tensor, causal: bool, window: int | None) -> Tensor | None:
-    """True where a query may look: not ahead of itself, and not further back than the window."""
+def _preceded(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, before: Sequence[Pair | None]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values of a batch with what precedes them, and a mask that lets every query look there."""
+    keys, values, there = side_by_side(before, key)
+    key, value = torch.cat([keys, key], 2), torch.cat([values, value], 2)
+    if mask is None and there is None:
+        return key, value, None
+    rows, tokens, longest = query.shape[0], query.shape[2], keys.shape[2]
+    if mask is None:
+        mask = torch.ones(1, 1, 1, key.shape[2] - longest, dtype=torch.bool, device=key.device)
+    free = torch.ones(rows, longest, dtype=torch.bool, device=key.device) if there is None else there
+    if mask.dtype != torch.bool:
+        free = torch.zeros_like(free, dtype=mask.dtype).masked_fill(~free, torch.finfo(mask.dtype).min)
+    shape = rows, 1, tokens
+    return key, value, torch.cat([free[:, None, None].expand(*shape, -1), mask.expand(*shape, -1)], 3)
+
+
+def _window(query: Tensor, key: Tensor, causal: bool, window: int | None, free: int = 0) -> Tensor | None:
+    """True where a query may look: not ahead of itself, not further back than the window, and at the `free` first."""
     if not causal and window is None:
         return None
     ahead = key.shape[2] - query.shape[2]
     at = torch.arange(query.shape[2], device=query.device)[:, None] + ahead
     to = torch.arange(key.shape[2], device=query.device)[None, :]
     allowed = to <= at
-    return allowed if window is None else allowed & (to > at - window)
+    return allowed if window is None else allowed & ((to > at - window) | (to < free))
 
 
 def _capped(

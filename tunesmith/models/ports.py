@@ -135,7 +135,7 @@ class Keys(Insert):
 
     def states(self) -> Tensor:
         """The keys or values: [length, output features of the role]."""
-        return self["states"]
+        return self["vectors"]
 
 
 def spread(values: Tensor, rows: Rows) -> Tensor:
