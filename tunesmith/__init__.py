@@ -14,6 +14,7 @@ _PUBLIC = {
     "LoRA": "tunesmith.adapt.lora",
     "TopLayers": "tunesmith.adapt.top_layers",
     "TunesmithError": "tunesmith.core.errors",
+    "combine": "tunesmith.adapt.combine",
     "generate": "tunesmith.run.api",
     "load": "tunesmith.run.api",
     "tune": "tunesmith.run.api",
