@@ -15,6 +15,7 @@ from itertools import chain
 from typing import Any
 
 from tunesmith.core.errors import ConfigError, DataError, did_you_mean
+from tunesmith.core.files import canonical_json
 from tunesmith.data.conversations import conversation, messages
 from tunesmith.data.lines import SKIP_HINT, RawRow, Source, describe
 from tunesmith.data.rows import Dialogue, Labelled, Message, Row, Tagged, Text
@@ -66,7 +67,16 @@ def _dolly(data: dict[str, Any]) -> Dialogue:
 
 def _prompt_completion(data: dict[str, Any]) -> Dialogue:
     user, answer = Message("user", text(data, "prompt")), _answer(data, "completion")
-    return Dialogue((user, answer), plain=True, references=texts(data, "references"))
+    return Dialogue((user, answer), plain=True, references=texts(data, "references"), table=_table(data))
+
+
+def _table(data: dict[str, Any]) -> str:
+    table = data.get("table")
+    if table is None or isinstance(table, str):
+        return table or ""
+    if not isinstance(table, dict):
+        raise DataError(f"the key 'table' holds {describe(table)}; {{header, rows}} or the path of a file is needed")
+    return canonical_json(table)
 
 
 def _text(data: dict[str, Any]) -> Text:
@@ -112,7 +122,7 @@ FORMATS: dict[str, Format] = {
     "alpaca": Format(("instruction", "output"), _alpaca, ("input", "system", "history")),
     "dolly": Format(("instruction", "response"), _dolly, ("context",)),
     "prompt_completion": Format(
-        ("prompt", "completion"), _prompt_completion, ("references",), ("chosen", "rejected", "label")
+        ("prompt", "completion"), _prompt_completion, ("references", "table"), ("chosen", "rejected", "label")
     ),
     "labelled": Format(("text", "label"), _labelled, ("text_pair",)),
     "tagged": Format(("tokens", "labels"), _tagged),

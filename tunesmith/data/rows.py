@@ -44,12 +44,14 @@ class Dialogue:
         plain: made from a bare prompt and completion, so that it is rendered without a template unless the
             user names one.
         references: every acceptable last turn, where the data names several; empty means the last turn alone.
+        table: what an answer is executed on: a table as JSON, or the path of one; empty where there is none.
     """
 
     messages: tuple[Message, ...]
     where: str = ""
     plain: bool = False
     references: tuple[str, ...] = ()
+    table: str = ""
 
     @property
     def prompt(self) -> tuple[Message, ...]:

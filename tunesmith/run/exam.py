@@ -52,6 +52,9 @@ class Exam:
             metric.require()
         if self.spoken:
             self.dialogues = grouped(list(self.dataset.dialogues(None)))[: self.limit]
+        for metric in self.spoken:
+            if metric.reads_tables:
+                metric.tables = [dialogue.table for dialogue in self.dialogues]
 
     @property
     def references(self) -> list[tuple[str, ...]]:
@@ -125,7 +128,7 @@ def grouped(dialogues: list[Dialogue]) -> list[Dialogue]:
     """Questions in the order of the rows, each once, with the answers of all rows that ask it."""
     found: dict[tuple[Any, ...], list[Dialogue]] = {}
     for dialogue in dialogues:
-        found.setdefault(dialogue.prompt, []).append(dialogue)
+        found.setdefault((*dialogue.prompt, dialogue.table), []).append(dialogue)
     return [_joined(same) for same in found.values()]
 
 
@@ -134,7 +137,7 @@ def _joined(same: list[Dialogue]) -> Dialogue:
         return same[0]
     answers = tuple(dict.fromkeys(answer for dialogue in same for answer in dialogue.answers))
     first = same[0]
-    return Dialogue(first.messages, first.where, first.plain, answers)
+    return Dialogue(first.messages, first.where, first.plain, answers, first.table)
 
 
 def common_prefix(prompts: list[list[int]]) -> list[int]:

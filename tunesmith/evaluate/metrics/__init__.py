@@ -54,6 +54,14 @@ METRICS = Registry(
         ),
         "f1": ("tunesmith.evaluate.metrics.match:TokenF1", "shared words with the best reference, per cent"),
         "accuracy": ("tunesmith.evaluate.metrics.match:Accuracy", "share of right labels, per cent"),
+        "logical_form": (
+            "tunesmith.evaluate.metrics.wikisql:LogicalForm",
+            "share of queries that are the reference's, as WikiSQL compares them, per cent",
+        ),
+        "execution": (
+            "tunesmith.evaluate.metrics.execution:Execution",
+            "share of queries with the reference's result on the row's table, per cent",
+        ),
         "matthews": ("tunesmith.evaluate.metrics.labels:Matthews", "Matthews correlation of labels, -100 to 100"),
         "pearson": ("tunesmith.evaluate.metrics.labels:Pearson", "correlation of scores, -100 to 100"),
         "spearman": ("tunesmith.evaluate.metrics.labels:Spearman", "correlation of the ranks of scores, -100 to 100"),
