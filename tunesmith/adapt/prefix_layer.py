@@ -59,10 +59,9 @@ class PrefixLayer(Method):
         """
         from tunesmith.adapt import prefix_start
 
-        self.check(loaded.config.to_dict())
         if self.reparameterise:
             return prefix_start.attach_made(self, loaded, name, seed)
-        adapter = super().attach(loaded, name, seed)
+        adapter = prefix_start.attach_empty(self, loaded, name)
         prefix_start.read_words(adapter, self.length, seed)
         return adapter
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.adapt.adapter import Adapter
+from tunesmith.adapt.method import Method
 from tunesmith.adapt.start import filled, uniform
 from tunesmith.core.rng import torch_generator
 from tunesmith.models import attention
@@ -37,6 +38,12 @@ def features(model: nn.Module, target: Target) -> int:
     return target.rows.count if target.rows is not None else output_features(module)
 
 
+def attach_empty(method: PrefixLayer, loaded: Loaded, name: str) -> Adapter:
+    """A prefix of zeros, to be filled. Raises ConfigError where the model cannot have one."""
+    _prepare(method, loaded)
+    return Method.attach(method, loaded, name)
+
+
 def read_words(adapter: Adapter, length: int, seed: int) -> None:
     """Gives a prefix the keys and values of `length` tokens that are drawn from the vocabulary."""
     loaded = adapter.loaded
@@ -55,13 +62,13 @@ def read_words(adapter: Adapter, length: int, seed: int) -> None:
                 states = (key if role == "k" else value)[0]  # heads tokens width
                 insert["vectors"].copy_(states.transpose(0, 1).flatten(1))
 
-    attention.use(model)
     with torch.no_grad(), evaluating(model), BASE.enter(), attention.hearing(hear):
         model.base_model(**{name: value.to(model.device) for name, value in inputs.items()}, **flags)
 
 
 def attach_made(method: PrefixLayer, loaded: Loaded, name: str, seed: int) -> Adapter:
     """A prefix whose keys and values come from a trained map."""
+    _prepare(method, loaded)
     model, targets = loaded.model, method.places(loaded)
     trunk = _trunk(method, model, Target(targets[0].path, _ROLE), seed)
     adapter = Adapter(name, method, loaded)
@@ -102,6 +109,11 @@ class Made(Keys):
     def states(self) -> Tensor:
         """[length, keys or values of a token]."""
         return nn.functional.linear(self.trunk[0].middle(), self["weight"], self["bias"])
+
+
+def _prepare(method: PrefixLayer, loaded: Loaded) -> None:
+    method.check(loaded.config.to_dict())
+    attention.use(loaded.model)  # nothing else looks for keys and values from outside
 
 
 def _trunk(method: PrefixLayer, model: nn.Module, target: Target, seed: int) -> Trunk:

@@ -39,10 +39,18 @@ OWN = "TUNESMITH_"
 LAYOUTS = {
     "LORA": "tunesmith.adapt.peft_lora",
     "IA3": "tunesmith.adapt.peft_ia3",
+    "PROMPT_TUNING": "tunesmith.adapt.peft_prompt",
+    "PREFIX_TUNING": "tunesmith.adapt.peft_prompt",
     **dict.fromkeys(BRIDGED, "tunesmith.adapt.peft_bridge"),
 }
 # kinds of ours that are written in one of these, all others are TUNESMITH_<KIND>; the bridge writes its types alike
-PEFT_TYPES = {"lora": "LORA", "ia3": "IA3", "peft": BRIDGED[0]}
+PEFT_TYPES = {
+    "lora": "LORA",
+    "ia3": "IA3",
+    "peft": BRIDGED[0],
+    "prompt": "PROMPT_TUNING",
+    "prefix_layer": "PREFIX_TUNING",
+}
 
 
 class Layout(Protocol):
