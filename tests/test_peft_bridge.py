@@ -106,6 +106,19 @@ def test_bridged_and_own_adapters_act_together_and_apart() -> None:
         assert torch.equal(answers(loaded), told[("second",)])
 
 
+def test_a_start_depends_on_the_seed_alone() -> None:
+    """Kills: initial values that depend on what was drawn before, or draws that others then miss."""
+    starts = []
+    for seed in (1, 1, 2):
+        torch.rand(len(starts) + 1)
+        state = torch.get_rng_state()
+        starts.append(list(bridged("LOHA").attach(tiny_loaded("llama"), seed=seed).parameters.values()))
+        assert torch.equal(torch.get_rng_state(), state)
+    first, second, other = starts
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    assert not all(torch.equal(one, two) for one, two in zip(first, other, strict=True))
+
+
 @pytest.mark.parametrize("kind", ["LOHA", "LOKR", "OFT"])
 def test_counts_on_the_meta_device_are_those_of_the_model(kind: str) -> None:
     loaded = tiny_loaded("llama")

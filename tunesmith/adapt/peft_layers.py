@@ -57,13 +57,10 @@ def layers(loaded: Loaded, kind: str, config: Mapping[str, Any], seed: int) -> d
         raise ValueError(f"{refused[0]} is not bridged")
     settings = _config(kind, {**config, "task_type": _TASKS.get(loaded.family.kind)})
     skeleton = _skeleton(loaded.model)
-    asked = [(parameter, parameter.requires_grad) for parameter in skeleton.parameters()]
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed_for(seed, "init", "peft"))
         peft.PEFT_TYPE_TO_TUNER_MAPPING[PeftType(kind)](skeleton, settings, NAME)
-    for parameter, flag in asked:
-        parameter.requires_grad_(flag)  # peft froze them all; a copy that another adapter trains is among them
     found = {path: module for path, module in skeleton.named_modules() if isinstance(module, BaseTunerLayer)}
     if not found:
         raise ValueError("the settings put no layer anywhere")
@@ -128,16 +125,11 @@ def _skeleton(model: nn.Module) -> nn.Module:
 
 
 def _own(layer: Any) -> Any:
-    """A layer whose parameters are its own and all train, in float32."""
+    """A layer whose parameters are its own, in float32."""
     base = layer._modules.pop("base_layer")
     layer.__dict__["base_layer"] = base  # found as an attribute, and no submodule
-    for module in layer.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None and not parameter.requires_grad:
-                del module._parameters[name]
-                module.register_buffer(name, parameter.data)
-            elif parameter is not None and parameter.is_floating_point():
-                parameter.data = parameter.data.float()
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.float()
     return layer
 
 
