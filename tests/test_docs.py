@@ -340,12 +340,13 @@ def test_the_reading_of_the_tutorial_is_strict() -> None:
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_the_tutorial_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", ["tutorial.md", "predict.md"])
+def test_the_tutorial_runs(page: str, tmp_path: Path) -> None:
     """Every command in order: its exit code, and the lines that are said not to vary."""
     folder = tmp_path / "own"
     folder.mkdir()
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "200"}
-    for language, block in FENCE.findall(read("tutorial.md")):
+    for language, block in FENCE.findall(read(page)):
         name = file_of(block)
         if language != "console":
             if name:
