@@ -13,6 +13,7 @@ from torch import nn
 
 from tunesmith.adapt.adapter import Adapter
 from tunesmith.adapt.full import Full
+from tunesmith.adapt.linear_probe import LinearProbe
 from tunesmith.adapt.lora import LoRA
 from tunesmith.adapt.store import load_adapter
 from tunesmith.adapt.top_layers import TopLayers
@@ -21,7 +22,7 @@ from tunesmith.core.problem import Problem
 from tunesmith.models.heads import fill_head, fresh_head, open_head, save_head
 from tunesmith.models.policy import Policy
 from tunesmith.models.ports import attached_to
-from tunesmith.models.route import BASE
+from tunesmith.models.route import BASE, Route
 from tunesmith.models.scores import scores
 from tunesmith.objectives.predict import Predict
 
@@ -264,3 +265,26 @@ def test_a_model_that_was_tuned_whole_keeps_its_head_beside_it(tmp_path: Path) -
     assert head.problem == THREE
     assert all(torch.equal(a, b) for a, b in zip(head.parameters(), adapter.head.parameters(), strict=True))
     assert open_head(again, tmp_path / "base") is None
+
+
+@pytest.mark.parametrize("kind", ["classification", "tokens"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "llama", "t5"])
+def test_rows_of_a_batch_are_answered_by_the_heads_of_their_adapters(family: str, kind: str) -> None:
+    """A probe, a LoRA and a second LoRA with another list of labels. Kills: one head for all rows; a neighbour's."""
+    if (family, kind) == ("t5", "tokens"):
+        return
+    loaded = tiny_loaded(family)
+    for name, method, labels in (("a", LoRA(rank=2), "xyz"), ("b", LoRA(rank=2), "no"), ("c", LinearProbe(), "pqr")):
+        loaded.predicts = Problem(kind, tuple(labels), seed=len(name + labels))  # type: ignore[arg-type]
+        disturb(method.attach(loaded, name, seed=ord(name)), seed=ord(name))
+    rows, batch = ("b", "c", "a"), tiny_batch(LENGTHS)
+    for packed in (True, False):
+        with torch.no_grad():
+            found = Policy(loaded, Route.of_rows(*rows), packed=packed).scores(batch)
+            alone = [Policy(loaded, Route((name,))).scores(one_document(batch, row)) for row, name in enumerate(rows)]
+        assert found.shape == (sum(map(len, alone)), 3)
+        assert found[: len(alone[0]), 2].isinf().all(), "two labels among rows of three"
+        for wanted, part in zip(alone, found.split([len(part) for part in alone]), strict=True):
+            torch.testing.assert_close(part[:, : wanted.shape[1]], wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(AdapterError, match="several heads"):
+        Policy(loaded, Route.of_rows("a", (), "b")).scores(batch)

@@ -53,10 +53,7 @@ def _one(head: Head, state: Tensor, width: int) -> Tensor:
 def _heads(policy: Policy, documents: int) -> list[Head]:
     """The head of each document's adapters."""
     attached = attached_to(policy.model)
-    rows = getattr(policy.route, "rows", ()) or ()
-    if not rows:
-        return [_head_of(attached.heads, policy.route.adapters)] * documents
-    return [_head_of(attached.heads, names) for names in rows]
+    return [_head_of(attached.heads, policy.route.of(row)) for row in range(documents)]
 
 
 def _head_of(heads: dict[str, Head], adapters: tuple[str, ...]) -> Head:
@@ -83,11 +80,8 @@ def _states(policy: Policy, batch: Batch, pooling: str) -> tuple[Tensor, list[in
     if pooling == "last":
         return hidden[ends - 1], documents
     if pooling == "token":
-        owners = torch.searchsorted(ends, batch.sources, right=True) if _is_mixed(policy) else None
-        return hidden[batch.sources], [] if owners is None else owners.tolist()
+        # whose they are matters where heads differ, and a traced batch cannot tell
+        owners = torch.searchsorted(ends, batch.sources, right=True).tolist() if policy.route.rows else []
+        return hidden[batch.sources], owners
     wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     return torch.stack([part.mean(0) for part in wide.split(list(batch.lengths))]), documents
-
-
-def _is_mixed(policy: Policy) -> bool:
-    return bool(getattr(policy.route, "rows", ()))
