@@ -335,6 +335,15 @@ MODEL: dict[str, Case] = {
         ),
         ("c.yaml: data.train", "38 tokens", "30 positions", "data.max_length"), 2,
     ),
+    "soft tokens beyond the positions": Case(
+        two(
+            put("c.yaml", config(method="{kind: prompt, length: 20}")),
+            lambda f: edit_json(f / "model/config.json", model_type="gpt2", n_positions=57),
+            lambda f: edit_json(f / "model/config.json", max_position_embeddings=57),
+        ),
+        ("data.train", "38 tokens", "57 positions, of which the method takes 20", "at most 37"), 2,
+    ),
+    "a prompt of text without text": yaml("method", "init: text", method="{kind: prompt, init: text}"),
     "an endless template": model(
         put("chat_template.jinja", "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}"),
         "template", "data.template",

@@ -47,6 +47,11 @@ class Method(Section):
 
     kind: str
 
+    @property
+    def positions(self) -> int:
+        """Positions that it takes from every row: a model with a table of them has that many fewer for the text."""
+        return 0
+
     def attach(self, loaded: Loaded, name: str = "default", seed: int = 0) -> Adapter:
         """Puts a fresh adapter on a model and freezes everything else. Works on the meta device.
 

@@ -42,6 +42,11 @@ class PrefixEmbed(Method):
             raise ValueError("prefix and infix are both 0, and nothing would train")
         return self
 
+    @property
+    def positions(self) -> int:
+        """One for each vector."""
+        return self.prefix + self.infix
+
     def places(self, loaded: Loaded) -> list[Target]:
         """The embedding. Raises ConfigError where it is not known."""
         from tunesmith.adapt.vectors import embedding_place

@@ -40,6 +40,11 @@ class PrefixLayer(Method):
     length: int = Field(default=20, ge=1)
     reparameterise: bool = False
 
+    @property
+    def positions(self) -> int:
+        """One for each key."""
+        return self.length
+
     def check(self, config: dict[str, Any]) -> None:
         """Raises ConfigError for a family that attends in a way of its own, and for more than it has positions for."""
         from tunesmith.models.families import family_of

@@ -46,6 +46,11 @@ class Prompt(Method):
             raise ValueError("init: text and text: ... go together" if self.text is None else "text needs init: text")
         return self
 
+    @property
+    def positions(self) -> int:
+        """One for each vector."""
+        return self.length
+
     def attach(self, loaded: Loaded, name: str = "default", seed: int = 0) -> Adapter:
         """Puts the vectors at the embedding.
 

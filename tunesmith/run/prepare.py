@@ -120,21 +120,23 @@ def prepare(config: Config) -> Prepared:
     codec = Codec.open(folder)
     asked = config.objective.predicts
     problem = Problem(asked, (), config.train.seed) if asked else None
-    train, train_statistics = read_data(config.data.train, config.data, codec, "data.train", problem)
+    taken = config.method.positions
+    train, train_statistics = read_data(config.data.train, config.data, codec, "data.train", problem, taken)
     problem = train.problem
     if not config.data.eval:
         return Prepared(config, folder, codec, train, train_statistics, problem=problem)
-    judged, judged_statistics = read_data(config.data.eval, config.data, codec, "data.eval", problem)
+    judged, judged_statistics = read_data(config.data.eval, config.data, codec, "data.eval", problem, taken)
     return Prepared(config, folder, codec, train, train_statistics, judged, judged_statistics, problem)
 
 
 def read_data(
-    parts: Parts, section: DataSection, codec: Codec, where: str, problem: Problem | None = None
+    parts: Parts, section: DataSection, codec: Codec, where: str, problem: Problem | None = None, taken: int = 0
 ) -> tuple[Dataset, DataStatistics]:
     """Opens rows and checks every one of them.
 
     Args:
         problem: what is to be predicted; one without labels gets those of these rows.
+        taken: positions that the method takes from every row.
 
     Raises DataError naming the setting, the file and the row.
     """
@@ -147,19 +149,20 @@ def read_data(
     if dataset.problem is not None and dataset.problem.kind != "regression" and dataset.problem.outputs < 2:
         told = f"every row has the same label, {dataset.problem.labels[0]!r}: there is nothing to tell apart"
         raise DataError(told, where=where)
-    _check_positions(found, section, codec.folder, where)
+    _check_positions(found, section, codec.folder, where, taken)
     return dataset, found
 
 
-def _check_positions(found: DataStatistics, section: DataSection, folder: Path, where: str) -> None:
+def _check_positions(found: DataStatistics, section: DataSection, folder: Path, where: str, taken: int) -> None:
     limit = position_limit(read_json(folder / "config.json", ModelError))
-    if limit is None or section.max_length <= limit:
+    if limit is None or section.max_length <= limit - taken:
         return
-    if found.longest_tokens > limit or found.examined < found.rows:
+    if found.longest_tokens > limit - taken or found.examined < found.rows:
+        used = f", of which the method takes {taken}" if taken else ""
         raise ConfigError(
-            f"rows of up to {min(section.max_length, found.longest_tokens)} tokens; the model has {limit} positions",
+            f"rows of up to {min(section.max_length, found.longest_tokens)} tokens; the model has {limit} positions{used}",
             where=where,
-            hint=f"set data.max_length (--max-length) to at most {limit}",
+            hint=f"set data.max_length (--max-length) to at most {limit - taken}",
         )
 
 
