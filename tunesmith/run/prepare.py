@@ -159,8 +159,9 @@ def _check_positions(found: DataStatistics, section: DataSection, folder: Path, 
         return
     if found.longest_tokens > limit - taken or found.examined < found.rows:
         used = f", of which the method takes {taken}" if taken else ""
+        longest = min(section.max_length, found.longest_tokens)
         raise ConfigError(
-            f"rows of up to {min(section.max_length, found.longest_tokens)} tokens; the model has {limit} positions{used}",
+            f"rows of up to {longest} tokens; the model has {limit} positions{used}",
             where=where,
             hint=f"set data.max_length (--max-length) to at most {limit - taken}",
         )
