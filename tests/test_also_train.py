@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from test_methods import check_method
 from tiny_models import IDS, TinyLoaded, answers, bits, disturb, tiny_batch, tiny_loaded, tiny_model
 
+from tunesmith.adapt.fpt import FPT
+from tunesmith.adapt.ia3 import IA3
 from tunesmith.adapt.lora import LoRA
 from tunesmith.adapt.merge import merge, unmerge
 from tunesmith.adapt.store import load_adapter, save_adapter
@@ -149,6 +151,20 @@ def test_gradients_are_those_of_the_route_also_when_blocks_are_computed_again() 
         Policy(loaded, adapter.route, recompute=how).token_losses(batch).sum().backward()
         found.append({name: value.grad for name, value in adapter.parameters.items()})
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("other", [LoRA(rank=2, targets=("head", "embed"), dora=True), FPT(), IA3(targets=("down",))])
+def test_what_another_adapter_adds_is_added_to_the_base_not_to_a_copy(other: Any) -> None:
+    """Kills: lengths, gains or products taken from whatever tensor stands in the module."""
+    said = []
+    for with_copies in (False, True):
+        loaded = tiny_loaded("llama")
+        disturb(other.attach(loaded, "other"))
+        if with_copies:
+            disturb(LoRA(rank=2, also_train=("head", "embed", "norm", "down")).attach(loaded, "whole"))
+        with Route(("other",)).enter():
+            said.append(answers(loaded))
+    assert torch.equal(*said)
 
 
 @pytest.mark.parametrize("other", ["head", "q"])

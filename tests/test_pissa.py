@@ -17,7 +17,7 @@ from tunesmith.adapt.adapter import Adapter
 from tunesmith.adapt.lora import LoRA
 from tunesmith.adapt.merge import merge, unmerge
 from tunesmith.adapt.store import load_adapter, save_adapter
-from tunesmith.models.copies import base_matrix
+from tunesmith.models.maps import base_matrix
 from tunesmith.models.ports import ports
 
 pytestmark = pytest.mark.filterwarnings("ignore")

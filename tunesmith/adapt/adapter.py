@@ -77,7 +77,7 @@ class Adapter:
         old = base_parameter(module, paths[0].rpartition(".")[2])
         assert old is not None
         copy = self.trained[paths[0]] = nn.Parameter(old.detach().clone())
-        self.replaced |= put_copy(self.loaded.model, self.name, paths, copy)
+        self.replaced |= put_copy(self.loaded.model, attached_to(self.loaded.model), self.name, paths, copy)
 
     def train_in_place(self) -> None:
         """Trains every parameter of the model itself. Raises AdapterError when another adapter is attached."""

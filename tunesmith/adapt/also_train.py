@@ -49,8 +49,9 @@ def groups(loaded: Loaded, names: Iterable[str], tie: bool, taken: set[str]) -> 
 
 def _modules(loaded: Loaded, name: str) -> list[str]:
     model, family = loaded.model, loaded.family
+    hidden = tuple(f"{port.path}.{INSERTS}" for port in ports(model)) or ("\0",)
     if name == "norm":
-        found = norm_paths(model, family)
+        found = [path for path in norm_paths(model, family) if not path.startswith(hidden)]
     elif name in family.roles:
         targets = match(model, family, [name], WHERE)
         parts = [target for target in targets if target.rows is not None]
@@ -59,11 +60,10 @@ def _modules(loaded: Loaded, name: str) -> list[str]:
             raise ConfigError(told, where=WHERE, hint=f"{parts[0].path.rpartition('.')[2]} is the whole")
         found = [target.path for target in targets]
     else:
-        hidden = tuple(f"{port.path}.{INSERTS}" for port in ports(model))
         found = [
             path
             for path, module in model.named_modules()
-            if (path == name or path.endswith(f".{name}")) and not path.startswith(hidden or "\0") and _leaves(module)
+            if (path == name or path.endswith(f".{name}")) and not path.startswith(hidden) and _leaves(module)
         ]
     if not found:
         raise nothing(name, family, WHERE)

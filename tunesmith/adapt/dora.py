@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tunesmith.models.copies import base_matrix, swap_of
+from tunesmith.models.copies import swap_of
+from tunesmith.models.maps import base_matrix
 from tunesmith.models.ports import Insert, gathered, port_kind
 
 

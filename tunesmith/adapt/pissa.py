@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.adapt.lora import low_rank
-from tunesmith.models.copies import base_matrix
+from tunesmith.models.maps import base_matrix
 from tunesmith.models.ports import Insert
 
 

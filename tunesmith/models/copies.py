@@ -1,4 +1,4 @@
-"""Trained copies of base parameters: which tensor a module computes with, by route.
+"""Trained copies of base parameters: which tensor a module computes with, by route and, in a mixed batch, by row.
 
 The one idea: a copy takes the place of the base's parameter under the base's name, so that counting, moving and saving
 need to know nothing of it; a forward pass on a route without its adapter swaps the base's tensor in for as long as the
@@ -7,27 +7,28 @@ module runs. So the base is always there, tied as it was, and adapters with copi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tunesmith.core.errors import AdapterError
-from tunesmith.models.ports import Port, attached_to, gathered, port_kind
-from tunesmith.models.route import Attached
-
-if TYPE_CHECKING:
-    from tunesmith.models.targets import Rows
+from tunesmith.models.places import places
+from tunesmith.models.route import Attached, Share
 
 _WAS_TIED = "_tunesmith_was_tied"
 
 
-def put_copy(model: nn.Module, adapter: str, paths: Sequence[str], copy: nn.Parameter) -> dict[str, nn.Parameter]:
+def put_copy(
+    model: nn.Module, attached: Attached, adapter: str, paths: Sequence[str], copy: nn.Parameter
+) -> dict[str, nn.Parameter]:
     """Puts an adapter's copy at some places, which share it then. Answers what the base has there."""
     found = {}
     for path in paths:
         owner, _, leaf = path.rpartition(".")
-        found[path] = _swap_at(_bare(model.get_submodule(owner)), attached_to(model)).put(adapter, leaf, copy)
+        module = _bare(model.get_submodule(owner))
+        found[path] = (swap_of(module) or Swap(module, attached)).put(adapter, leaf, copy)
     _tell_ties(model)
     return found
 
@@ -80,13 +81,16 @@ def base_parameter(module: nn.Module, leaf: str = "weight") -> nn.Parameter | No
     return swap.base[leaf] if swap is not None and leaf in swap.base else module._parameters.get(leaf)
 
 
-def base_matrix(module: nn.Module, rows: Rows | None = None) -> Tensor:
-    """The base's weight of a map, or of some of its features: [outputs, inputs]; of an embedding, [width, ids]."""
-    weight = base_parameter(module)
-    assert weight is not None
-    held = weight.detach()
-    held = held if port_kind(module) == "linear" else held.T
-    return held if rows is None else gathered(held.T, rows).T
+def run_base(module: nn.Module, x: Tensor, **instead: Tensor) -> Tensor:
+    """What the base's module makes of x, whatever copies stand in it; `instead` takes the place of tensors by name."""
+    swap = swap_of(module)
+    if swap is not None:
+        found: Tensor = swap.run({**swap.base, **instead}, x)
+    elif instead:
+        found = torch.func.functional_call(module, instead, (x,))
+    else:
+        found = module(x)
+    return found
 
 
 def sharing(model: nn.Module, path: str) -> list[str]:
@@ -133,8 +137,7 @@ class Swap:
         """Puts parameters into the table, by the adapter they are of, and answers whose were there."""
         old = {leaf: self.standing.get(leaf) for leaf in wanted}
         for leaf, adapter in wanted.items():
-            held = self.base[leaf] if adapter is None else self.copies[adapter][leaf]
-            self.module._parameters[leaf] = held
+            self.module._parameters[leaf] = self._held(leaf, adapter)
             self.standing[leaf] = adapter
         return old
 
@@ -149,39 +152,53 @@ class Swap:
             found[leaf] = owners[0] if owners else None
         return found
 
-    def is_settled(self) -> bool:
-        """Whether the table holds what acts in this forward pass."""
-        return self._wanted() == self.standing
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        wanted = self._wanted()
-        # asked by owner: planning puts stand-ins of the tensors into the table
-        if wanted == self.standing:
-            return self.plain(*args, **kwargs)
-        old = self.settle(wanted)
+    def run(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The module with some tensors in its table for as long as it runs."""
+        table: dict[str, Any] = self.module._parameters
+        old = {leaf: table[leaf] for leaf in values}
+        table.update(values)
         try:
             return self.plain(*args, **kwargs)
         finally:
-            self.settle(old)
+            table.update(old)
 
-    def _wanted(self) -> dict[str, str | None]:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.attached.merged:
-            return self.standing
+            return self.plain(*args, **kwargs)
         shares = self.attached.shares()
-        for share in shares:
-            rows = getattr(share, "rows", None)
-            if share.adapter in self.copies and rows is not None and len(rows) < share.count:
-                told = f"{share.adapter} trains copies of base parameters and cannot act on some rows of a batch only"
-                raise AdapterError(told, hint="give its rows a batch of their own")
-        return self.of([share.adapter for share in shares])
+        if all(share.rows is None or len(share.rows) == share.count for share in shares):
+            return self._under([share.adapter for share in shares], *args, **kwargs)
+        mine = [share for share in shares if share.adapter in self.copies]
+        return self._by_rows(mine, *args, **kwargs) if mine else self._under((), *args, **kwargs)
 
+    def _under(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        owners = self.of(names)
+        # by owner, not by tensor: planning puts stand-ins of what stands into the table
+        if owners == self.standing:
+            return self.plain(*args, **kwargs)
+        return self.run({leaf: self._held(leaf, owner) for leaf, owner in owners.items()}, *args, **kwargs)
 
-def _swap_at(module: nn.Module, attached: Attached) -> Swap:
-    return swap_of(module) or Swap(module, attached)
+    def _by_rows(self, shares: Sequence[Share], *args: Any, **kwargs: Any) -> Tensor:
+        """The base's output, with that of copies at the rows of their adapters."""
+        if len(args) != 1 or kwargs:
+            told = f"{shares[0].adapter} trains copies in a {type(self.module).__name__}, which takes all rows at once"
+            raise AdapterError(told, hint="give its rows a batch of their own")
+        (x,) = args
+        y: Tensor = self._under((), x)
+        for rows in dict.fromkeys(share.rows for share in shares):
+            group = [share for share in shares if share.rows == rows]
+            found = places(group[0], x)
+            assert found is not None
+            y = y.index_copy(*found, self._under([share.adapter for share in group], x.index_select(*found)))
+        return y
+
+    def _held(self, leaf: str, owner: str | None) -> nn.Parameter:
+        return self.base[leaf] if owner is None else self.copies[owner][leaf]
 
 
 def _bare(module: nn.Module) -> nn.Module:
-    return module.base if isinstance(module, Port) else module
+    held: nn.Module = module.__dict__.get("_held", (module,))[0]  # a port stands for what it holds
+    return held
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

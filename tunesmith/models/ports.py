@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from tunesmith.core.errors import AdapterError
+from tunesmith.models.copies import base_parameter, run_base
 from tunesmith.models.places import places
 from tunesmith.models.route import Attached
 from tunesmith.models.soft import current_holes
@@ -70,8 +70,8 @@ class Insert(nn.Module):
 
         W (x * l) for a method that scales what goes in: its delta is `insert.mapped(x * (l - 1))`.
         """
-        out: Tensor = self.port.base(x)
-        bias = self.port.base._parameters.get("bias")
+        out = run_base(self.port.base, x)
+        bias = base_parameter(self.port.base, "bias")
         out = out if bias is None else out - bias
         return out if self.rows is None else gathered(out, self.rows)
 
@@ -82,9 +82,8 @@ class Insert(nn.Module):
         a norm's gain is changed without dividing by the old one, whatever form the family gives it.
         """
         base = self.port.base
-        changed = {name: getattr(base, name) + change for name, change in changes.items()}
-        out: Tensor = torch.func.functional_call(base, changed, (x,))
-        return out
+        own = {name: base_parameter(base, name) for name in changes}
+        return run_base(base, x, **{name: value + changes[name] for name, value in own.items() if value is not None})
 
     def added(self, x: Tensor, y: Tensor, factor: Tensor | None = None) -> Tensor:
         """The output with this insert's delta in it."""
