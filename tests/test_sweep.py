@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def test_methods_of_a_fixed_size_come_along_as_references(folder: Path) -> None:
 
 def test_what_does_not_fit_is_left_out_with_its_nearest_size(folder: Path) -> None:
     """128 numbers a rank on q: 1,000 are 7.8 of them. Kills: a row that is silently missing."""
-    chosen = choose(Wanted(1000, within=0.01, methods=("lora",)), Counter(lambda: meta("model")))
+    chosen = choose(Wanted(1000, within=0.005, methods=("lora",)), Counter(lambda: meta("model")))
     assert chosen.settings == []
     assert "rank 8: 1,024" in chosen.left_out["lora-q"]
 
@@ -116,6 +117,23 @@ def test_a_wrong_request_is_told_before_anything_is_opened(folder: Path) -> None
     (folder / "s.yaml").write_text(SETTINGS.replace("metrics: [loss], ", ""))
     with pytest.raises(ConfigError, match="needs a score"):
         planned("lora")
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_a_prediction_head_is_counted_beside_the_budget(folder: Path, packing: str) -> None:
+    """Kills: a budget that pays for the head; a padded batch that cannot be planned without numbers."""
+    tiny_folder(folder / "bert", "bert")
+    rows = [json.dumps({"text": f"row {at}", "label": ("no", "yes")[at % 2]}) for at in range(12)]
+    (folder / "labels.jsonl").write_text("\n".join(rows) + "\n")
+    text = SETTINGS.replace("model: model", "model: bert\nobjective: predict").replace("[loss]", "[accuracy]")
+    text = re.sub("data: .*", f"data: {{train: labels.jsonl, eval: labels.jsonl, packing: {packing}}}", text)
+    (folder / "s.yaml").write_text(text)
+    sweep = planned("lora", "linear_probe", budget=1024)
+    sizes = {one.name: one.parameters for one in sweep.choice.settings}
+    wanted = {"lora-q-r8": 1024, "lora-qv-r4": 1024, "lora-qkvo-r2": 1024, "linear_probe": 0}
+    assert {name: sizes.get(name) for name in wanted} == wanted
+    assert sweep.head_parameters == 2 * 32 + 2
+    assert sweep.plans["linear_probe"]["parameters"]["trainable"] == 2 * 32 + 2
 
 
 @pytest.mark.parametrize(

@@ -90,10 +90,15 @@ def test_the_best_comes_first_for_scores_and_for_losses() -> None:
     assert [one["name"] for one in sort_rows(rows, "loss")] == ["a", "b"]
 
 
-def test_a_base_that_cannot_answer_is_replaced_by_the_next_that_can() -> None:
+def test_the_score_of_the_base_is_that_of_who_can_answer() -> None:
     """An encoder has no head before training: a constant answer is what there is to gain over."""
-    facts = {"models": [{"name": "constant answer", "metrics": {"accuracy": {"value": 51.0}}}], "parameters": 5}
-    assert base_row(facts, "accuracy")["name"] == "constant answer"
+    models = [
+        {"name": "untuned", "metrics": {"accuracy": {"value": 44.0}}},
+        {"name": "constant answer", "metrics": {"accuracy": {"value": 51.0}}},
+    ]
+    facts = {"models": models, "parameters": 5}
+    assert base_row(facts, "accuracy")["score"] == 44.0
+    assert base_row(facts, "accuracy", ("constant answer",))["score"] == 51.0
     assert base_row({"models": [], "parameters": 5}, "accuracy")["score"] is None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from tunesmith.adapt.methods import METHODS
 from tunesmith.claims import arithmetic, counts
 from tunesmith.claims.claim import Claim, Derived, shown
 from tunesmith.core.errors import ConfigError, did_you_mean
@@ -13,18 +12,7 @@ from tunesmith.core.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-# methods that are not there yet, and what they would count
-WAITING = {
-    "bitfit": ("gpt3-bitfit", "roberta-base-bitfit"),
-    "prefix_embed": ("gpt3-prefix-embed",),
-    "prefix_layer": ("gpt3-prefix-layer",),
-    "adapter": tuple(claim.id for claim in counts.COUNTS if "adapter" in claim.id),
-    "prompt": ("t5-xxl-prompt", "t5-xxl-prompt-ratio"),
-}
-_ABSENT = {name for kind, names in WAITING.items() if kind not in METHODS.table for name in names}
-CLAIMS: dict[str, Claim] = {
-    claim.id: claim for claim in (*counts.COUNTS, *arithmetic.ARITHMETIC) if claim.id not in _ABSENT
-}
+CLAIMS: dict[str, Claim] = {claim.id: claim for claim in (*counts.COUNTS, *arithmetic.ARITHMETIC)}
 NOTES = {**counts.NOTES, **arithmetic.NOTES}
 
 

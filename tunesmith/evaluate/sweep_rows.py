@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from tunesmith.evaluate.metrics import METRICS
+from tunesmith.evaluate.metrics import METRICS, PREDICTED
 from tunesmith.evaluate.seeds import over_seeds
 
 Facts = dict[str, Any]
@@ -44,13 +44,15 @@ def sweep_row(setting: Facts, trials: Sequence[Facts], base: Facts, metric: str)
     return row | _gains(row, base, metric)
 
 
-def base_row(facts: Facts, metric: str) -> Facts:
+def base_row(facts: Facts, metric: str, answers: Sequence[str] = ("untuned",)) -> Facts:
     """The base by itself, as rows compare themselves with it.
 
-    Its score is that of the untuned model, or of a constant answer where a model cannot answer untuned.
+    Args:
+        answers: whose score is the base's, the first that has one: the untuned model, or, where a model has nothing
+            to answer with before it is tuned, a constant answer.
     """
     models = {model["name"]: model["metrics"] for model in facts.get("models", ())}
-    name = next((name for name in models if metric in models[name]), None)
+    name = next((name for name in answers if metric in models.get(name, ())), None)
     return {
         "name": name,
         "score": models[name][metric]["value"] if name else None,
@@ -84,7 +86,8 @@ def rank_table(rows: Sequence[Facts], metric: str) -> list[Facts]:
 
 
 def higher_is_better(metric: str) -> bool:
-    return bool(METRICS.load(metric).higher_is_better)
+    registry = METRICS if metric in METRICS.table else PREDICTED
+    return bool(registry.load(metric).higher_is_better)
 
 
 def _gains(row: Facts, base: Facts, metric: str) -> Facts:

@@ -144,7 +144,8 @@ def _flags(policy: Policy) -> dict[str, Any]:
 
 def _places(batch: Batch) -> tuple[Tensor, Tensor]:
     """Where each token lies in a padded batch: its row and its column."""
-    lengths = torch.tensor(batch.lengths, device=batch.ids.device)
-    rows = torch.arange(len(batch.lengths), device=batch.ids.device).repeat_interleave(lengths)
+    lengths, tokens = torch.tensor(batch.lengths, device=batch.ids.device), batch.ids.numel()
+    # the size is told, so that a plan needs no numbers to know it
+    rows = torch.arange(len(batch.lengths), device=batch.ids.device).repeat_interleave(lengths, output_size=tokens)
     starts = torch.cumsum(lengths, 0) - lengths
-    return rows, torch.arange(batch.ids.numel(), device=batch.ids.device) - starts[rows]
+    return rows, torch.arange(tokens, device=batch.ids.device) - starts[rows]

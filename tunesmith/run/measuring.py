@@ -61,13 +61,13 @@ def measure_base(config: Config, forgetting: str | None) -> dict[str, Any]:
     """Facts of the base: its scores, those of answers that need no model, and its loss on general text."""
     from tunesmith.models.load import load
     from tunesmith.models.route import BASE
-    from tunesmith.run.judging import Judge
+    from tunesmith.run.judging_heads import judge_of
     from tunesmith.train.precision import resolve
 
     prepared = prepare(config)
     RunFolder(config.out).write_config(config)
     loaded = load(str(prepared.folder), dtype=resolve(config.precision))
-    judge = Judge(prepared, Path(config.out))
+    judge = judge_of(prepared, Path(config.out))
     judge.before(loaded)
     found: dict[str, Any] = {
         "models": judge.models,

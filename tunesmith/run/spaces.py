@@ -42,8 +42,10 @@ def _roles(*groups: str) -> tuple[dict[str, Any], ...]:
     return tuple({"targets": group.split()} for group in groups)
 
 
+_KINDS_OF_LORA = tuple(_roles("q v")[0] | kind for kind in ({"dora": True}, {"init": "pissa"}))
+
 SPACES: dict[str, Space] = {
-    "lora": Space(1.0, "rank", 1024, (*_roles("q", "q v", "q k v o", "attn mlp"), _roles("q v")[0] | {"dora": True})),
+    "lora": Space(1.0, "rank", 1024, (*_roles("q", "q v", "q k v o", "attn mlp"), *_KINDS_OF_LORA)),
     "adapter": Space(1.0, "size", 4096, tuple({"style": name} for name in ("houlsby", "lin", "pfeiffer", "parallel"))),
     "prefix_layer": Space(10.0, "length", 256),
     "prefix_embed": Space(20.0, "prefix", 256),
@@ -213,7 +215,9 @@ def _add(choice: Choice, count: Counter, kind: str, settings: dict[str, Any], wh
     label = title(kind, settings)
     try:
         method = _section(kind, settings)
-        choice.add(Setting(label, method, count(method), why, SPACES[kind].lr, note))
+        parameters = count(method)
+        told = note or ("" if parameters else "the prediction head alone")
+        choice.add(Setting(label, method, parameters, why, SPACES[kind].lr, told))
     except (ConfigError, ModelError) as error:
         choice.left_out[label] = error.message
 

@@ -12,6 +12,7 @@ from tunesmith.evaluate.sweep_page import sweep_page
 from tunesmith.evaluate.sweep_rows import base_row, rank_table, sort_rows, sweep_row
 from tunesmith.evaluate.sweep_table import sweep_markdown
 from tunesmith.run.folder import machine, versions
+from tunesmith.run.judging import CONSTANT
 from tunesmith.run.spaces import Setting
 from tunesmith.run.sweep import Sweep
 
@@ -28,7 +29,9 @@ def write_sweep(sweep: Sweep, settings: Sequence[Setting], failed: dict[str, dic
     base_facts = sweep.base.facts
     if base_facts is None or base_facts["status"] != "finished":
         return {}
-    base = base_row(base_facts, sweep.metric)
+    # a head that has not been trained says what chance says, which is nothing to gain over
+    answers = ("untuned",) if sweep.prepared.problem is None else (CONSTANT,)
+    base = base_row(base_facts, sweep.metric, answers)
     by_name: dict[str, list[dict[str, Any]]] = {setting.name: [] for setting in settings}
     for trial in sweep.trials(settings):
         facts = trial.facts or failed.get(trial.folder.name) or NOT_YET
