@@ -25,9 +25,11 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--test", action="store_true", help="one row a meaning, with its references")
+    parser.add_argument("--chat", action="store_true", help="rows of messages, for the model's own chat template")
     options = parser.parse_args()
     pairs = read(options.source)
     rows = grouped(pairs) if options.test else [row(meaning, reference) for meaning, reference in pairs]
+    rows = [as_messages(one) for one in rows] if options.chat else rows
     with options.target.open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in rows)
     print(f"{options.target}: {len(rows)} rows, {len({meaning for meaning, _ in pairs})} meanings")
@@ -42,6 +44,12 @@ def read(path: Path) -> list[tuple[str, str]]:
 def row(meaning: str, completion: str) -> dict[str, Any]:
     """A row to learn from."""
     return {"prompt": QUESTION.format(meaning=meaning), "completion": completion}
+
+
+def as_messages(one: dict[str, Any]) -> dict[str, Any]:
+    """The same row as a user's and an assistant's turn."""
+    turns = [{"role": "user", "content": one["prompt"].strip()}, {"role": "assistant", "content": one["completion"]}]
+    return {"messages": turns, **{name: value for name, value in one.items() if name == "references"}}
 
 
 def grouped(pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
