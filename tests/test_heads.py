@@ -108,15 +108,18 @@ def test_the_second_text_is_of_another_type(packed: bool) -> None:
     assert not torch.allclose(plain[0], found[0])
 
 
-def test_bfloat16_states_are_pooled_and_read_in_float32() -> None:
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_bfloat16_states_are_pooled_and_read_in_float32(family: str) -> None:
     """Kills: a mean or a head in bfloat16."""
-    loaded, adapter = predicting("bert", dtype=torch.bfloat16)
+    loaded, adapter = predicting(family, dtype=torch.bfloat16)
     policy, batch = Policy(loaded, adapter.route), tiny_batch(LENGTHS)
     with torch.no_grad():
-        states = torch.stack([part.float().mean(0) for part in policy.hidden(batch).split(list(LENGTHS))])
         found = policy.scores(batch)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, adapter.head(states))
+        assert found.dtype == torch.float32
+        if family != "t5":
+            parts = [part.float() for part in policy.hidden(batch).split(list(LENGTHS))]
+            states = torch.stack([part.mean(0) if family == "bert" else part[-1] for part in parts])
+            assert torch.equal(found, adapter.head(states))
     assert adapter.parameters["predict.weight"].dtype == torch.float32
 
 

@@ -13,8 +13,9 @@ from tiny_encoders import encoder_folder, opinions, write_rows
 from tiny_folders import tiny_folder
 
 from tunesmith.config import build_config
-from tunesmith.core.errors import ConfigError, DataError
+from tunesmith.core.errors import ConfigError, DataError, Stopped
 from tunesmith.run import run
+from tunesmith.run.head_exam import HeadExam
 from tunesmith.run.judging import Question, judge_models
 from tunesmith.run.planning import plan_run
 from tunesmith.run.prepare import prepare
@@ -203,3 +204,25 @@ def test_a_model_that_writes_learns_labels_as_words(tmp_path: Path) -> None:
     assert metric(done, "tuned", "accuracy") == 100.0
     assert metric(done, "tuned", "matthews") == pytest.approx(100.0)
     assert metric(done, "constant answer", "accuracy") == 50.0
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kills: a head, or its moments, that a checkpoint forgets; another head at the second start."""
+    train = {"steps": 12, "rows_per_step": 20, "lr": 0.02, "save_every": 4}
+    whole = run(config(tmp_path, encoder, opinions(), train=train, out=str(tmp_path / "whole")))
+    broken = config(tmp_path, encoder, opinions(), train=train, out=str(tmp_path / "broken"))
+    measure, calls = HeadExam.measure, []
+
+    def interrupted(self: HeadExam, policy: Any) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(self, policy)
+
+    every = broken.model_copy(update={"evaluate": broken.evaluate.model_copy(update={"every": 5})})
+    monkeypatch.setattr(HeadExam, "measure", interrupted)
+    with pytest.raises(Stopped):
+        run(every)
+    done = run(every, resume=True)
+    for name in ("adapter_model.safetensors", "predict.safetensors"):
+        assert (done / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes()

@@ -87,6 +87,21 @@ def test_where_an_answer_begins_is_known_or_found():
     assert prompts_of(replace(batch, prompts=(3, 1, 4))) == (3, 1, 4)
 
 
+def test_writing_reads_the_prompt_with_its_end_as_training_does():
+    """Against transformers. Kills: a prompt without its end when writing."""
+    loaded = tiny_loaded("t5")
+    differ = 0
+    for prompt in ([5, 6], [9, 9, 9, 4], [30, 31, 32]):
+        wanted, bare = (
+            loaded.model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)[0, 1:].tolist()
+            for ids in ([*prompt, END], prompt)
+        )
+        found = generate(loaded, BASE, [prompt], max_new_tokens=6, stop_ids={END})[0].ids
+        assert found == [token for token in wanted if token != END]
+        differ += wanted != bare
+    assert differ
+
+
 def test_what_is_trained_is_what_is_written():
     """Taught one answer, it writes that answer. Kills: writing that reads another prompt than training."""
     loaded = tiny_loaded("t5")
