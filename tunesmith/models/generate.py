@@ -234,10 +234,9 @@ class _Writer:
     @torch.no_grad()
     def _forward(self, ids: Tensor, rows: _Rows) -> Tensor:
         """Logits [rows, vocabulary], float32, after ids [rows, new tokens]."""
-        holes = rows.take_holes()
         inputs: dict[str, Any] = {"input_ids": ids, **rows.advance(ids.shape[1])}
         inputs |= {"use_cache": True, "return_dict": True, "logits_to_keep": 1}
-        with _entered(rows.route), _entered(holes):
+        with _entered(rows.route), _entered(rows.holes):
             output = self.model(**{name: value for name, value in inputs.items() if name in self.accepted})
         logits: Tensor = output.logits[:, -1]
         return logits.float()
@@ -317,13 +316,6 @@ class _Rows:
             starts = [start + one.before for start, one in zip(starts, rooms, strict=True)]
             rooms = [replace(one, prefix=()) for one in rooms]
         return replace(room, rooms=tuple(rooms)).holes((len(rooms), width), starts, self.ids.device)
-
-    def take_holes(self) -> Holes | None:
-        """The room in the columns that come next: there is some in the first ones only."""
-        found = self.holes
-        if found is not None:
-            self.holes = Holes((0, 0))
-        return found
 
     def advance(self, tokens: int) -> dict[str, Any]:
         """The inputs that go with that many new tokens a row."""
