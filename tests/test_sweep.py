@@ -28,6 +28,7 @@ from tunesmith.run.spaces import SPACES, Counter, Wanted, choose, title
 from tunesmith.run.sweep import Order, Sweep, plan_sweep
 from tunesmith.run.sweeping import better_half, run_sweep
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SETTINGS = """
 model: model
 data: {train: train.jsonl, eval: eval.jsonl, max_length: 64}
@@ -82,6 +83,13 @@ def test_every_size_is_counted_by_attaching_and_within_the_budget(folder: Path) 
 def test_methods_of_a_fixed_size_come_along_as_references(folder: Path) -> None:
     chosen = choose(Wanted(1000, methods=("full", "bitfit", "lora")), Counter(lambda: meta("model")))
     assert {one.name for one in chosen.settings if one.why == "reference"} == {"full", "bitfit"}
+
+
+def test_a_variant_is_asked_for_by_its_name(folder: Path) -> None:
+    wanted = Wanted(1000, within=0.1, methods=("lora-q", "adapter-lin", "full"))
+    chosen = choose(wanted, Counter(lambda: meta("model")))
+    assert [one.name for one in chosen.settings] == ["lora-q-r8", "adapter-lin-6", "full"]
+    assert wanted.kinds == {"lora", "adapter", "full"}
 
 
 def test_what_does_not_fit_is_left_out_with_its_nearest_size(folder: Path) -> None:
@@ -147,6 +155,17 @@ def test_names_of_rows_are_names_of_folders() -> None:
     assert title("lora", {"targets": ["q", "v"], "rank": 16}) == "lora-qv-r16"
     assert title("lora", {"targets": ["attn", "mlp"], "dora": True, "rank": 2}) == "lora-attn+mlp-dora-r2"
     assert title("adapter", {"style": "lin", "size": 8}) == "adapter-lin-8"
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("sweep-*.yaml")), ids=lambda path: path.stem)
+def test_the_sweeps_of_the_benchmarks_ask_for_what_there_is(path: Path) -> None:
+    """Kills: a variant that was renamed and left in a command."""
+    config = load_config(path)
+    command = " ".join(line.lstrip("# ").rstrip("\\") for line in path.read_text().splitlines()[1:3]).split()
+    wanted = Wanted(_count(command[command.index("--budget") + 1]), methods=tuple(command[-1].split(",")))
+    assert len(wanted.tries) >= 8
+    assert config.evaluate.metrics
+    assert command[2].endswith(path.name)
 
 
 def test_a_dry_run_shows_what_would_be_run_and_runs_nothing(folder: Path) -> None:

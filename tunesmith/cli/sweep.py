@@ -24,7 +24,7 @@ def sweep(
     budget: Annotated[str | None, typer.Option("--budget", help="Trained parameters, as in 1.2M or 300k.")] = None,
     within: Annotated[float, typer.Option("--within", min=0.0, max=1.0, help="Share it may be off.")] = 0.05,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each, from train.seed on.")] = 3,
-    methods: Annotated[str | None, typer.Option("--methods", help="Kinds with commas; all without.")] = None,
+    methods: Annotated[str | None, typer.Option("--methods", help="As in lora-qv,adapter,full; all without.")] = None,
     grid: Annotated[bool, typer.Option("--grid", help="LoRA: weight types at the budget, and ranks.")] = False,
     ranks: Annotated[str | None, typer.Option("--ranks", help="Ranks of that table, as in 1,2,4,8,64.")] = None,
     halving: Annotated[bool, typer.Option("--halving", help="Short runs choose who gets full ones.")] = False,

@@ -66,6 +66,30 @@ RANK_ROWS = _roles("q", "q v", "q k v o")
 DEFAULT_RANKS = (1, 2, 4, 8, 64)
 
 
+def title(kind: str, settings: dict[str, Any]) -> str:
+    """A name for a row and a folder: lora-qv-r16, adapter-pfeiffer-64, full."""
+    parts = [kind]
+    for name, value in settings.items():
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            parts.append(_joined(value))
+        elif isinstance(value, bool):
+            parts += [name] if value else []
+        else:
+            parts.append(f"r{value}" if name == "rank" else str(value))
+    return "-".join(parts)
+
+
+def _joined(names: Iterable[str]) -> str:
+    names = list(names)
+    return ("" if all(len(name) == 1 for name in names) else "+").join(names)
+
+
+# what somebody may ask for by name: a kind with all of its variants, or one variant
+NAMED = {kind: [(kind, variant) for variant in space.variants] for kind, space in SPACES.items()} | {
+    title(kind, variant): [(kind, variant)] for kind, space in SPACES.items() for variant in space.variants
+}
+
+
 @dataclass(frozen=True)
 class Setting:
     """A method with all its settings: one row of the table.
@@ -125,7 +149,7 @@ class Wanted:
     Attributes:
         budget: parameters; None for the table of ranks alone.
         within: share of the budget that a method may be off.
-        methods: kinds; all that there are without any.
+        methods: kinds, or one variant of a kind by its name, as lora-qv; all kinds that there are without any.
         grid: the budget over weight types of LoRA, and the table of ranks.
         ranks: ranks of that table; those of the LoRA paper with `grid` when empty.
     """
@@ -138,19 +162,25 @@ class Wanted:
 
     def __post_init__(self) -> None:
         for name in self.methods:
-            if name not in SPACES or name not in METHODS.table:
-                known = [kind for kind in SPACES if kind in METHODS.table]
-                told = f"{name!r} is no method of a sweep; there are {' '.join(known)}"
-                raise ConfigError(told, where="--methods", hint=did_you_mean(name, known))
+            if name not in NAMED:
+                kinds = " ".join(SPACES)
+                told = f"{name!r} is no method of a sweep; there are {kinds}, and variants as lora-qv"
+                raise ConfigError(told, where="--methods", hint=did_you_mean(name, NAMED))
         if self.budget is None and not self.ranks:
             raise ConfigError("say how many parameters, as in --budget 1.2M", where="--budget")
 
     @property
-    def kinds(self) -> list[str]:
-        """The kinds to try."""
-        if self.methods or self.grid or self.budget is None:
-            return list(self.methods)
-        return [kind for kind in SPACES if kind in METHODS.table and kind not in ON_REQUEST]
+    def tries(self) -> list[tuple[str, dict[str, Any]]]:
+        """Kind and variant of everything to try besides the grid and the table of ranks."""
+        names = self.methods
+        if not names and not self.grid and self.budget is not None:
+            names = tuple(kind for kind in SPACES if kind not in ON_REQUEST)
+        return [found for name in names for found in NAMED[name]]
+
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds that are tried."""
+        return {kind for kind, _ in self.tries} | ({"lora"} if self.grid or self.ranks else set())
 
     @property
     def rank_table(self) -> tuple[int, ...]:
@@ -160,13 +190,10 @@ class Wanted:
 def choose(wanted: Wanted, count: Counter) -> Choice:
     """Everything that is to be tried on the model behind `count`."""
     choice = Choice()
-    for kind in wanted.kinds:
-        space = SPACES[kind]
-        if not space.knob:
-            _add(choice, count, kind, {}, REFERENCE, "")
-            continue
-        for variant in space.variants:
-            assert wanted.budget is not None
+    for kind, variant in wanted.tries:
+        if not SPACES[kind].knob:
+            _add(choice, count, kind, variant, REFERENCE, "")
+        elif wanted.budget is not None:
             _fill(choice, count, kind, variant, wanted.budget, wanted.within)
     if wanted.grid and wanted.budget is not None:
         for variant in GRID:
@@ -225,21 +252,3 @@ def _add(choice: Choice, count: Counter, kind: str, settings: dict[str, Any], wh
 def _section(kind: str, settings: dict[str, Any]) -> Method:
     section: Method = METHODS.load(kind).model_validate({"kind": kind, **settings})
     return section
-
-
-def title(kind: str, settings: dict[str, Any]) -> str:
-    """A name for a row and a folder: lora-qv-r16, adapter-pfeiffer-64, full."""
-    parts = [kind]
-    for name, value in settings.items():
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            parts.append(_joined(value))
-        elif isinstance(value, bool):
-            parts += [name] if value else []
-        else:
-            parts.append(f"r{value}" if name == "rank" else str(value))
-    return "-".join(parts)
-
-
-def _joined(names: Iterable[str]) -> str:
-    names = list(names)
-    return ("" if all(len(name) == 1 for name in names) else "+").join(names)

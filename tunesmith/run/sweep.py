@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.adapt.full import Full
 from tunesmith.config import Config, as_dict, build_config
 from tunesmith.core.amounts import in_bytes, in_time
-from tunesmith.core.errors import ConfigError, ModelError
+from tunesmith.core.errors import CheckpointError, ConfigError, ModelError
 from tunesmith.core.files import read_json
 from tunesmith.models.families import family_of
 from tunesmith.run.prepare import Prepared, prepare
@@ -140,7 +140,7 @@ class Sweep:
 def plan_sweep(config: Config, order: Order) -> Sweep:
     """Chooses and plans what is to be tried. Raises ConfigError, DataError, ModelError."""
     from tunesmith.run.measuring import general_rows
-    from tunesmith.run.planning import open_meta, plan_run
+    from tunesmith.run.planning import open_meta
 
     _check(config, order)
     prepared = prepare(config)
@@ -156,7 +156,7 @@ def plan_sweep(config: Config, order: Order) -> Sweep:
         build_config(as_dict(trial.config), setting.name)  # a learning rate may be out of bounds
         trial.check()
         try:
-            sweep.plans[setting.name] = plan_run(replace(prepared, config=trial.config)).as_dict()
+            sweep.plans[setting.name] = _plan(trial, prepared)
         except (ConfigError, ModelError) as error:
             choice.settings.remove(setting)
             choice.left_out[setting.name] = error.message
@@ -164,6 +164,16 @@ def plan_sweep(config: Config, order: Order) -> Sweep:
         told = "; ".join(f"{name}: {reason}" for name, reason in choice.left_out.items())
         raise ConfigError(f"nothing fits: {told}", where="--budget", hint="another budget, or a larger --within")
     return sweep
+
+
+def _plan(trial: Trial, prepared: Prepared) -> dict[str, Any]:
+    """plan.json of a trial: its own where it has begun, else made now."""
+    from tunesmith.run.planning import plan_run
+
+    path = trial.folder / "plan.json"
+    if path.exists():
+        return dict(read_json(path, CheckpointError))
+    return plan_run(replace(prepared, config=trial.config)).as_dict()
 
 
 def _writes(prepared: Prepared) -> bool:
@@ -178,7 +188,7 @@ def _check(config: Config, order: Order) -> None:
     if order.halving and config.train.steps is None:
         raise ConfigError("halving shortens runs by their steps", where="train.steps", hint="set steps, not epochs")
     for kind in order.lrs:
-        if kind not in {*order.wanted.kinds, *(("lora",) if order.wanted.rank_table else ())}:
+        if kind not in order.wanted.kinds:
             raise ConfigError(f"{kind!r} is not tried, so its rate has no effect", where="--lr")
 
 
