@@ -12,10 +12,11 @@ import pytest
 import torch
 from conformance import CASES, IN_PLACE, MODELS, REFUSED, built, check_method, check_rows, model_of, save_all
 from safetensors.torch import load_file, save_file
-from tiny_models import bits, tiny_loaded
+from tiny_models import answers, bits, disturb, tiny_loaded
 
 from tunesmith.adapt.methods import METHODS
 from tunesmith.core.errors import ConfigError
+from tunesmith.models.route import Route
 
 OTHERS = ["gemma", "gpt_neox", "phi3", "opt", "mpnet"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -75,6 +76,28 @@ def test_a_fresh_process_says_the_same_bits(tmp_path: Path) -> None:
         told, again = (load_file(tmp_path / model / f"{name}.safetensors") for name in ("told", "again"))
         assert told.keys() == again.keys()
         assert [name for name, value in told.items() if not torch.equal(value, again[name])] == []
+
+
+def test_a_thousand_switches_between_eight_methods_leave_the_base_bit_identical() -> None:
+    """In bfloat16, each answering as when it came. Kills: copies of others' inserts, leftovers of a pass."""
+    loaded = tiny_loaded("gemma", dtype=torch.bfloat16)
+    before, said = bits(loaded.model), {(): answers(loaded)}
+    cases = ("lora", "adapter", "adapter parallel", "bitfit", "ia3", "fpt", "prompt", "top_layers")
+    adapters = []
+    for seed, case in enumerate(cases):
+        adapters.append(adapter := built(case).attach(loaded, case.replace(" ", "-"), seed))
+        disturb(adapter, seed, 0.3)
+        with adapter.route.enter():
+            said[adapter.route.adapters] = answers(loaded)
+    assert len({value.float().sum().item() for value in said.values()}) == 9
+    routes = list(said)
+    for turn in range(1000):
+        route = routes[turn * 5 % 9]
+        with Route(route).enter():
+            assert torch.equal(answers(loaded), said[route])
+    for adapter in adapters:
+        adapter.detach()
+    assert bits(loaded.model) == before
 
 
 @pytest.mark.parametrize("kind", METHODS.names())

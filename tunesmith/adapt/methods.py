@@ -15,7 +15,10 @@ METHODS = Registry(
         "peft": ("tunesmith.adapt.peft_bridge:Peft", "a tuner of the peft library (extra: peft)"),
         "subspace": ("tunesmith.adapt.subspace:Subspace", "few numbers that move all weights of the blocks"),
         "prompt": ("tunesmith.adapt.prompt:Prompt", "trained vectors before the input"),
-        "prefix_layer": ("tunesmith.adapt.prefix_layer:PrefixLayer", "trained keys and values before those of the input"),
+        "prefix_layer": (
+            "tunesmith.adapt.prefix_layer:PrefixLayer",
+            "trained keys and values before those of the input",
+        ),
         "prefix_embed": ("tunesmith.adapt.prefix_embed:PrefixEmbed", "trained vectors before the input and within it"),
         "full": ("tunesmith.adapt.full:Full", "every parameter of the model"),
         "top_layers": ("tunesmith.adapt.top_layers:TopLayers", "the last blocks, everything below frozen"),

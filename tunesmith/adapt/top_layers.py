@@ -39,13 +39,15 @@ class TopLayers(Method):
     def attach(self, loaded: Loaded, name: str = "default", seed: int = 0) -> Adapter:
         """Replaces the parameters of the last blocks by trainable copies. Raises ConfigError as `check` does."""
         from tunesmith.adapt.adapter import Adapter
+        from tunesmith.models.ports import base_state
         from tunesmith.models.targets import block_paths
 
         blocks = block_paths(loaded.model, loaded.family)
         self._fits(len(blocks))
         adapter = Adapter(name, self, loaded)
         chosen = tuple(f"{path}." for path in blocks[-self.layers :])
-        for path in [path for path, _ in loaded.model.named_parameters() if path.startswith(chosen)]:
+        own = base_state(loaded.model)  # what other adapters have put into the blocks is theirs
+        for path in [path for path, _ in loaded.model.named_parameters() if path.startswith(chosen) and path in own]:
             adapter.train_copy(path)
         return adapter.close()
 
