@@ -186,10 +186,10 @@ def test_full_tuning_has_the_gradients_of_transformers() -> None:
 
 def test_nothing_below_the_lowest_trainable_place_builds_a_graph() -> None:
     loaded = tiny_loaded("llama")
-    TopLayers(layers=1).attach(loaded)
+    adapter = TopLayers(layers=1).attach(loaded)
     below = []
     loaded.model.model.layers[0].register_forward_hook(lambda m, i, output: below.append(output.requires_grad))
-    assert Policy(loaded).token_losses(BATCH).requires_grad
+    assert Policy(loaded, adapter.route).token_losses(BATCH).requires_grad
     assert below == [False]
 
 
