@@ -9,9 +9,20 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "BitFit": "tunesmith.adapt.bitfit",
+    "Bottleneck": "tunesmith.adapt.bottleneck",
     "Config": "tunesmith.config",
+    "FPT": "tunesmith.adapt.fpt",
     "Full": "tunesmith.adapt.full",
+    "IA3": "tunesmith.adapt.ia3",
+    "LPFT": "tunesmith.adapt.lp_ft",
+    "LinearProbe": "tunesmith.adapt.linear_probe",
     "LoRA": "tunesmith.adapt.lora",
+    "Peft": "tunesmith.adapt.peft_bridge",
+    "PrefixEmbed": "tunesmith.adapt.prefix_embed",
+    "PrefixLayer": "tunesmith.adapt.prefix_layer",
+    "Prompt": "tunesmith.adapt.prompt",
+    "Subspace": "tunesmith.adapt.subspace",
     "TopLayers": "tunesmith.adapt.top_layers",
     "TunesmithError": "tunesmith.core.errors",
     "combine": "tunesmith.adapt.combine",
