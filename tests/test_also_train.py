@@ -23,6 +23,7 @@ from tunesmith.adapt.top_layers import TopLayers
 from tunesmith.core.errors import AdapterError, ConfigError
 from tunesmith.models.policy import Policy
 from tunesmith.models.route import BASE, Route
+from tunesmith.plan.memory import count_parameters, tensor_specs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -91,6 +92,18 @@ def test_training_one_side_of_a_tied_pair_unties_it_and_the_copy_is_counted(fami
         adapter.detach()
         assert embed().weight is shared is head().weight
         assert loaded.model.config.tie_word_embeddings is True
+
+
+@pytest.mark.parametrize("family", ["gemma", "llama"])
+def test_a_plan_counts_the_copies_and_what_they_stand_for(family: str) -> None:
+    """Both are in memory. Kills: the base's tensor forgotten while a copy is in its place."""
+    loaded = tiny_loaded(family)
+    with torch.device("meta"):
+        loaded.model = type(loaded.model)(loaded.config)
+    total = sum(value.numel() for value in loaded.model.parameters())
+    adapter = LoRA(rank=2, also_train=("head", "norm")).attach(loaded)
+    counted = count_parameters(tensor_specs(loaded.model, adapter.parameters.values()))
+    assert (counted.total, counted.trainable) == (total + numbers(adapter), numbers(adapter))
 
 
 def test_the_route_chooses_also_where_logits_are_made_in_chunks() -> None:

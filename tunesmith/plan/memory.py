@@ -113,18 +113,23 @@ class Memory:
 
 
 def tensor_specs(model: torch.nn.Module, trainable: Iterable[torch.nn.Parameter] | None = None) -> list[TensorSpec]:
-    """Every parameter and buffer of a model, shared ones once, on any device.
+    """Every parameter and buffer of a model, shared ones once, on any device; also those that copies stand for.
 
     Args:
         trainable: the parameters that an optimizer gets; None takes those that require a gradient. Ones that are
             not inside the model are counted, too.
     """
+    from tunesmith.models.copies import swaps
+
     chosen = None if trainable is None else {id(parameter): parameter for parameter in trainable}
     specs, seen = [], set()
     for name, parameter in model.named_parameters():
         trained = parameter.requires_grad if chosen is None else id(parameter) in chosen
         specs.append(_spec(name, parameter, trained))
         seen.add(id(parameter))
+    # the base's own, where an adapter's copies have taken their places: on another route they act
+    aside = {id(held): held for swap in swaps(model) for held in swap.base.values() if id(held) not in seen}
+    specs += [_spec(f"base.{index}", held, False) for index, held in enumerate(aside.values())]
     outside = [] if chosen is None else [found for key, found in chosen.items() if key not in seen]
     specs += [_spec(f"outside.{index}", parameter, True) for index, parameter in enumerate(outside)]
     return specs + [_spec(name, buffer, False, buffer=True) for name, buffer in model.named_buffers()]
