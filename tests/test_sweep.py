@@ -203,15 +203,15 @@ def tiny_meta() -> Any:
 @pytest.mark.slow
 def test_a_finished_trial_is_not_run_again_and_a_seed_more_runs_only_that(folder: Path) -> None:
     """Kills: a resume that begins anew; trials that are known by their order and not by their settings."""
-    found = run_sweep(planned("lora", "full", within=0.03, seeds=1))
+    found = run_sweep(planned("lora-q", "full", within=0.03, seeds=1))
     names = [row["name"] for row in found["rows"]]
     assert names == ["lora-q-r8", "full"]
     assert not found["partial"]
     before = hashes(folder)
-    again = run_sweep(planned("lora", "full", within=0.03, seeds=1))
+    again = run_sweep(planned("lora-q", "full", within=0.03, seeds=1))
     assert hashes(folder) == before
     assert again["rows"] == found["rows"]
-    more = run_sweep(planned("lora", "full", within=0.03, seeds=2))
+    more = run_sweep(planned("lora-q", "full", within=0.03, seeds=2))
     assert [row["finished"] for row in more["rows"]] == [2, 2]
     assert {name: now for name, now in hashes(folder).items() if name in before} == before
     for row in more["rows"]:
@@ -229,7 +229,7 @@ def test_a_finished_trial_is_not_run_again_and_a_seed_more_runs_only_that(folder
     assert all((folder / "out" / name).exists() for name in ("sweep.json", "table.md", "sweep.html", "base/eval.json"))
     (folder / "s.yaml").write_text(SETTINGS.replace("steps: 4", "steps: 5"))
     with pytest.raises(CheckpointError, match=r"train\.steps: 4 -> 5"):
-        planned("lora", "full", within=0.03)
+        planned("lora-q", "full", within=0.03)
 
 
 @pytest.mark.slow
@@ -275,7 +275,7 @@ def test_halving_gives_full_runs_to_the_better_half_of_the_better_half(folder: P
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
-    words = ["sweep", "s.yaml", "--budget", "1k", "--methods", "lora,full", "--within", "0.03", "--seeds", "2"]
+    words = ["sweep", "s.yaml", "--budget", "1k", "--methods", "lora-q,full", "--within", "0.03", "--seeds", "2"]
     paths = f"{Path(__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     return subprocess.Popen(
         [sys.executable, "-m", "tunesmith", *words, "--forgetting", "general.txt", *more],
@@ -295,7 +295,7 @@ def wait_for(pattern: str, folder: Path, program: subprocess.Popen[str]) -> None
 def test_a_sweep_that_is_killed_keeps_its_finished_trials_and_leaves_nothing_running(
     folder: Path, number: signal.Signals
 ) -> None:
-    """Kills: a trial that outlives its sweep; a half-written result that is believed; an exit code of success."""
+    """Kills: a half-written result that is believed; a finished trial that is run again; an exit code of success."""
     program = start(folder)
     wait_for("out/trials/*/trial.json", folder, program)
     wait_for("out/trials/*-s*/config.yaml", folder, program)
@@ -312,6 +312,19 @@ def test_a_sweep_that_is_killed_keeps_its_finished_trials_and_leaves_nothing_run
         assert Path(path).read_bytes() == content
     found = json.loads((folder / "out" / "sweep.json").read_text())
     assert (found["partial"], found["finished"], found["trials"]) == (False, 4, 4)
+
+
+@pytest.mark.slow
+def test_a_trial_does_not_outlive_its_sweep(folder: Path) -> None:
+    """A trial that would run for an hour. Kills: a process that trains on for nobody."""
+    program = start(folder, "train.steps=100000", "train.save_every=1000")
+    wait_for("out/trials/*/metrics.jsonl", folder, program)
+    program.kill()
+    program.wait(60)
+    deadline = time.monotonic() + 30
+    while alive(folder) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert alive(folder) == []
 
 
 def alive(folder: Path) -> list[int]:

@@ -82,7 +82,7 @@ def scatter(title: str, dots: Sequence[Dot], number: Callable[[float], str], lev
     power, up = _scale(low, max(high, low + 1), _LEFT, _WIDTH - _RIGHT - 8), _vertical(ys)
     parts = [_grid(nice_ticks(min(ys), max(ys), 5), up, number)]
     for tick in range(low, max(high, low + 1) + 1):
-        parts.append(_text("tick", power(tick), _HEIGHT - 9, in_count(10.0**tick), "middle"))
+        parts.append(_text("tick", power(tick), _HEIGHT - 9, in_count(10.0**tick).replace(".0", ""), "middle"))
     if level is not None:
         parts.append(_tag("path", "guide", d=f"M{_LEFT} {up(level):.1f}H{_WIDTH - _RIGHT}"))
     for dot in sorted(dots, key=lambda dot: dot.kind, reverse=True):

@@ -43,7 +43,7 @@ def _scatter(found: Row) -> Any:
     dots = [
         plots.Dot(
             row["name"],
-            max(1, row["parameters"]),
+            max(1, row["parameters"] + found["head_parameters"]),
             row["score"]["mean"],
             row["score"]["low"],
             row["score"]["high"],
