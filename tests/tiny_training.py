@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,13 @@ from torch import Tensor, nn
 
 from tunesmith.core.rng import permute, seed_for
 from tunesmith.core.types import Batch
+from tunesmith.data.encode import Example as Row
 from tunesmith.data.pack import Cursor, Step
 from tunesmith.objectives.sft import SFT
 from tunesmith.train.section import PrecisionSection, TrainSection
 from tunesmith.train.trainer import Result, train
 
 VOCABULARY, WIDTH = 23, 16
-
-
-@dataclass(frozen=True)
-class Row:
-    ids: list[int]
-    supervised: list[bool]
-    where: str
 
 
 def rows(count: int = 24, seed: int = 0) -> list[Row]:
