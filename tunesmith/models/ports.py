@@ -218,8 +218,10 @@ class Port(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out]; for an embedding, ids [...] to [..., width]."""
         y: Tensor = self.base(x)
-        factor = getattr(self.base, "embed_scale", None)
-        for share in self.attached.shares():
+        shares = self.attached.shares()
+        # asked only where something acts: a merged adapter should cost nothing
+        factor = getattr(self.base, "embed_scale", None) if shares else None
+        for share in shares:
             for insert in self.of(share.adapter):
                 found = places(share, x)
                 if found is None:
