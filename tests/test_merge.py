@@ -51,6 +51,7 @@ def test_the_change_is_rounded_once() -> None:
     assert port.weight is port.base.weight
 
 
+@pytest.mark.slow
 def test_a_thousand_switches_between_eight_adapters_leave_the_base_bit_identical() -> None:
     """By merging and by routing, in bfloat16. Kills: any arithmetic on the way back."""
     loaded = tiny_loaded("gemma", dtype=torch.bfloat16)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,23 @@ from tunesmith.models.route import Route
 OTHERS = ["gemma", "gpt_neox", "phi3", "opt", "mpnet"]
 DTYPES = [torch.float32, torch.bfloat16]
 EVERY = [(model, dtype) for model in MODELS for dtype in DTYPES] + [(family, torch.float32) for family in OTHERS]
+# the fast tests take one of each kind of model, and one in bfloat16
+FAST = {
+    ("llama tied", torch.float32),
+    ("bert", torch.float32),
+    ("t5 tied", torch.float32),
+    ("gpt2 untied", torch.bfloat16),
+}
+
+
+def cells() -> list[Any]:
+    """Every model and precision, as parameters of a test."""
+    return [
+        pytest.param(
+            model, dtype, id=f"{model}-{str(dtype)[6:]}", marks=() if (model, dtype) in FAST else pytest.mark.slow
+        )
+        for model, dtype in EVERY
+    ]
 
 
 def family_of(model: str) -> str:
@@ -28,7 +46,7 @@ def family_of(model: str) -> str:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("model", "dtype"), EVERY, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in EVERY])
+@pytest.mark.parametrize(("model", "dtype"), cells())
 def test_a_method_keeps_the_laws(case: str, model: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Kills: a parameter that is declared and never moves, moved and not declared, or trained and not saved."""
     refused = REFUSED.get((case, family_of(model)))
@@ -43,13 +61,17 @@ def test_a_method_keeps_the_laws(case: str, model: str, dtype: torch.dtype, tmp_
 
 
 @pytest.mark.parametrize("case", [case for case, (kind, _) in CASES.items() if kind not in IN_PLACE])
-@pytest.mark.parametrize("model", ["llama tied", "gpt2 untied", "bert", "t5 tied"])
+@pytest.mark.parametrize(
+    "model",
+    ["llama tied", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2 untied", "bert", "t5 tied"))],
+)
 def test_rows_of_a_batch_are_what_each_is_alone(case: str, model: str, tmp_path: Path) -> None:
     """Kills: an insert that looks at its neighbours' rows, or at what its last pass has left behind."""
     if (case, family_of(model)) not in REFUSED:
         check_rows(built(case), model, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_says_the_same_bits(tmp_path: Path) -> None:
     """Kills: a start or a random matrix that depends on what the process did before."""
     models = ["llama tied", "gpt2 tied", "bert", "t5 tied"]
@@ -78,6 +100,7 @@ def test_a_fresh_process_says_the_same_bits(tmp_path: Path) -> None:
         assert [name for name, value in told.items() if not torch.equal(value, again[name])] == []
 
 
+@pytest.mark.slow
 def test_a_thousand_switches_between_eight_methods_leave_the_base_bit_identical() -> None:
     """In bfloat16, each answering as when it came. Kills: copies of others' inserts, leftovers of a pass."""
     loaded = tiny_loaded("gemma", dtype=torch.bfloat16)

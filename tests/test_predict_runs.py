@@ -64,7 +64,9 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return encoder_folder(tmp_path_factory.mktemp("encoder"))
 
 
-@pytest.mark.parametrize("method", METHODS_AND_RATES)
+@pytest.mark.parametrize(
+    "method", [name if name == "lora" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS_AND_RATES]
+)
 def test_a_tiny_encoder_learns_to_tell_opinions_apart(method: str, encoder: Path, tmp_path: Path) -> None:
     """Kills: a head that is not trained, not saved, or not the one that is judged."""
     settings, rate = METHODS_AND_RATES[method]
@@ -86,6 +88,7 @@ def test_a_tiny_encoder_learns_to_tell_opinions_apart(method: str, encoder: Path
     assert (done / "report.html").read_text().count("accuracy")
 
 
+@pytest.mark.slow
 def test_another_process_predicts_the_same(encoder: Path, tmp_path: Path) -> None:
     """Kills: anything of the head that only this process knows."""
     done = run(config(tmp_path, encoder, opinions()))
@@ -98,6 +101,7 @@ def test_another_process_predicts_the_same(encoder: Path, tmp_path: Path) -> Non
     assert all(json.loads(ours)["tuned"] == json.loads(theirs)[str(done)] for ours, theirs in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_models_that_write_can_predict_as_well(family: str, tmp_path: Path) -> None:
     """Kills: pooling by encoders alone; an encoder-decoder without a start token."""
@@ -106,6 +110,7 @@ def test_models_that_write_can_predict_as_well(family: str, tmp_path: Path) -> N
     assert metric(done, "tuned", "accuracy") > 90.0
 
 
+@pytest.mark.slow
 def test_words_are_labelled(encoder: Path, tmp_path: Path) -> None:
     """Kills: labels of one word read for another."""
     done = run(config(tmp_path, encoder, TAGS, objective={"kind": "predict", "problem": "tokens"}))
@@ -116,6 +121,7 @@ def test_words_are_labelled(encoder: Path, tmp_path: Path) -> None:
     assert sample["tuned"] == "DET NOUN VERB ADJ"
 
 
+@pytest.mark.slow
 def test_scores_are_predicted(encoder: Path, tmp_path: Path) -> None:
     """Kills: labels of a regression read as classes; a bootstrap over ranks that fails."""
     rows = [{"text": row["text"], "label": 4.5 if row["label"] == "good" else 1} for row in opinions()]
@@ -141,6 +147,7 @@ def test_a_plan_counts_the_head(encoder: Path, tmp_path: Path) -> None:
     assert plan_run(prepare(words), calibrated=False).memory.activations_bytes > 0
 
 
+@pytest.mark.slow
 def test_exports_keep_the_head(encoder: Path, tmp_path: Path) -> None:
     """Kills: an export that predicts something else, or nothing."""
     done = run(config(tmp_path, encoder, opinions()))
@@ -155,6 +162,7 @@ def test_exports_keep_the_head(encoder: Path, tmp_path: Path) -> None:
         ship(str(done), "gguf", str(tmp_path / "x.gguf"))
 
 
+@pytest.mark.slow
 def test_what_predicts_does_not_write_and_says_so(encoder: Path, tmp_path: Path) -> None:
     """Kills: a traceback from a template that an encoder does not have."""
     done = run(config(tmp_path, encoder, opinions(), evaluate={}))
@@ -195,6 +203,7 @@ def test_an_untuned_head_is_the_one_that_training_begins_with(encoder: Path, tmp
     assert first["loss"] == pytest.approx(metric(done, "untuned", "loss"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_that_writes_learns_labels_as_words(tmp_path: Path) -> None:
     """The same rows with sft. Kills: labels that are no answers; metrics of labels for heads alone."""
     model = tiny_folder(tmp_path / "model")
@@ -206,6 +215,7 @@ def test_a_model_that_writes_learns_labels_as_words(tmp_path: Path) -> None:
     assert metric(done, "constant answer", "accuracy") == 50.0
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kills: a head, or its moments, that a checkpoint forgets; another head at the second start."""
     train = {"steps": 12, "rows_per_step": 20, "lr": 0.02, "save_every": 4}

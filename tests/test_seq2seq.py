@@ -141,6 +141,7 @@ def test_rows_are_tokens_as_transformers_makes_them_of_two_texts(folder, prompt,
     assert prompt_ids(row, open_template("auto", codec), codec) == example.ids[:first]
 
 
+@pytest.mark.slow
 def test_a_tiny_t5_is_tuned_and_answers(folder, tmp_path):
     """End to end. Kills: a plan, a run or an exam that takes every model that writes for a decoder."""
     rows = [{"prompt": f"name {word}:", "completion": f"{word} and blue"} for word in ("red", "green", "three", "dog")]

@@ -49,7 +49,7 @@ def tune(folder, kind, dtype=torch.float32, micro=40, recompute="none", **rest):
     return model, tuned
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", METHODS.names())
 def test_a_stopped_run_of_any_method_continues_bit_for_bit(tmp_path, kind, dtype):
     """Kills: state of a method that is not among its parameters; masters that are rounded on the way."""
@@ -62,7 +62,7 @@ def test_a_stopped_run_of_any_method_continues_bit_for_bit(tmp_path, kind, dtype
     assert newest.items() <= lasting(tmp_path / "broken").items()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", METHODS.names())
 def test_what_is_declared_changes_and_nothing_else(tmp_path, kind, dtype):
     """Kills: a base that is trained along; a declared parameter without gradient."""
