@@ -252,3 +252,14 @@ def test_an_adapter_acts_while_its_route_writes_and_the_route_is_not_left_behind
     ):
         assert token == wanted
         assert current_route() is None
+
+
+def test_a_frozen_head_is_multiplied_as_it_lies() -> None:
+    """Kills: the last state taken by a slice, for which torch copies all of a frozen bfloat16 head at every prompt."""
+    loaded = tiny_loaded("llama", dtype=torch.bfloat16, vocab_size=1234)
+    loaded.model.requires_grad_(False)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as seen:
+        generate(loaded, BASE, [[5, 6, 7, 8]], max_new_tokens=2, stop_ids=set())
+    products = {event.name for event in seen.events() if any(1234 in shape for shape in event.input_shapes if shape)}
+    assert "aten::mm" in products
+    assert "aten::bmm" not in products

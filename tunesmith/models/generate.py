@@ -235,7 +235,9 @@ class _Writer:
     def _forward(self, ids: Tensor, rows: _Rows) -> Tensor:
         """Logits [rows, vocabulary], float32, after ids [rows, new tokens]."""
         inputs: dict[str, Any] = {"input_ids": ids, **rows.advance(ids.shape[1])}
-        inputs |= {"use_cache": True, "return_dict": True, "logits_to_keep": 1}
+        # as an index: what a slice leaves is not contiguous, and a frozen bfloat16 head is then copied to be multiplied
+        last = torch.tensor([ids.shape[1] - 1], device=ids.device)
+        inputs |= {"use_cache": True, "return_dict": True, "logits_to_keep": last}
         with _entered(rows.route), _entered(rows.holes):
             output = self.model(**{name: value for name, value in inputs.items() if name in self.accepted})
         logits: Tensor = output.logits[:, -1]
