@@ -128,26 +128,18 @@ class LoRA(Method):
         Args:
             seed: None leaves both at zero.
         """
-        import torch
-        from torch import nn
-
         from tunesmith.adapt import dora, pissa
-        from tunesmith.core.rng import torch_generator
+        from tunesmith.adapt.start import filled, normal, uniform
         from tunesmith.models.ports import Insert
 
         module, rank = model.get_submodule(target.path), self.rank_at(target.role)
         inputs, outputs, is_embedding = _sizes(module, target)
-        device = next(module.parameters(recurse=False)).device
-        # drawn on the CPU from (seed, place) alone: the same on every device and after any other draw
-        place = torch.device("meta" if device.type == "meta" else "cpu")
-        a, b = torch.zeros(rank, inputs, device=place), torch.zeros(outputs, rank, device=place)
-        if seed is not None and device.type != "meta":
-            draw = torch_generator(seed, "init", target.path, target.role)
-            if is_embedding:
-                b.normal_(generator=draw)
-            else:
-                a.uniform_(-(inputs**-0.5), inputs**-0.5, generator=draw)
-        factors = {"A": nn.Parameter(a.to(device)), "B": nn.Parameter(b.to(device))}
+        a, b = filled(model, target, rank, inputs), filled(model, target, outputs, rank)
+        if seed is not None and is_embedding:
+            b = normal(model, target, outputs, rank, seed=seed)
+        elif seed is not None:
+            a = uniform(model, target, rank, inputs, bound=inputs**-0.5, seed=seed)
+        factors = {"A": a, "B": b}
         insert = Insert(self, factors, target.rows, self.scaled(rank))
         if self.dora:
             dora.start(insert, module)
@@ -252,8 +244,7 @@ def low_rank(a: Tensor, b: Tensor, scale: float, x: Tensor, dtype: Any) -> Tenso
 def _sizes(module: nn.Module, target: Target) -> tuple[int, int, bool]:
     """Input features, output features of the role, and whether the map is an embedding."""
     from tunesmith.models.ports import port_kind
+    from tunesmith.models.targets import input_features, output_features
 
-    kind = port_kind(module)
-    first, second = module.weight.shape  # type: ignore[misc,union-attr]
-    inputs, outputs = (second, first) if kind == "linear" else (first, second)
-    return inputs, outputs if target.rows is None else target.rows.count, kind == "embedding"
+    outputs = output_features(module) if target.rows is None else target.rows.count
+    return input_features(module), outputs, port_kind(module) == "embedding"

@@ -6,10 +6,11 @@ after any other draw. On the meta device nothing is drawn.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunesmith.core.rng import torch_generator
 
@@ -24,11 +25,25 @@ def filled(model: nn.Module, target: Target, *sizes: int, value: float = 0.0) ->
 
 def uniform(model: nn.Module, target: Target, *sizes: int, bound: float, seed: int) -> nn.Parameter:
     """A parameter drawn from -bound to bound."""
+    return _drawn(model, target, sizes, seed, lambda values, draw: values.uniform_(-bound, bound, generator=draw))
+
+
+def normal(model: nn.Module, target: Target, *sizes: int, seed: int) -> nn.Parameter:
+    """A parameter drawn from the standard normal distribution."""
+    return _drawn(model, target, sizes, seed, lambda values, draw: values.normal_(generator=draw))
+
+
+def _drawn(
+    model: nn.Module,
+    target: Target,
+    sizes: tuple[int, ...],
+    seed: int,
+    fill: Callable[[Tensor, torch.Generator], Tensor],
+) -> nn.Parameter:
     device = _device(model, target)
     if device.type == "meta":
         return nn.Parameter(torch.empty(sizes, device=device))
-    draw = torch_generator(seed, "init", target.path, target.role)
-    return nn.Parameter(torch.empty(sizes).uniform_(-bound, bound, generator=draw).to(device))
+    return nn.Parameter(fill(torch.empty(sizes), torch_generator(seed, "init", target.path, target.role)).to(device))
 
 
 def _device(model: nn.Module, target: Target) -> torch.device:
