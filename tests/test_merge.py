@@ -51,6 +51,20 @@ def test_the_change_is_rounded_once() -> None:
     assert port.weight is port.base.weight
 
 
+def test_a_merged_map_costs_what_the_base_costs() -> None:
+    """Kills: asking for the route at every map of a merged model; maps that stay deaf after unmerging."""
+    loaded = tiny_loaded("llama")
+    adapter = LoRA(rank=2, targets=("q", "down")).attach(loaded)
+    disturb(adapter, size=0.05)
+    acting = answers(loaded)
+    merge(loaded, adapter.name)
+    first, *others = [port for port, _, _ in adapter.inserts()]
+    assert others and all(port.forward == port.base.forward for port in others)
+    assert first.forward != first.base.forward, "one asks for all, so that a wrong route is an error"
+    unmerge(loaded)
+    assert torch.equal(answers(loaded), acting)
+
+
 @pytest.mark.slow
 def test_a_thousand_switches_between_eight_adapters_leave_the_base_bit_identical() -> None:
     """By merging and by routing, in bfloat16. Kills: any arithmetic on the way back."""

@@ -54,6 +54,7 @@ def merge(loaded: Loaded, names: str | Sequence[str]) -> None:
     def restore() -> None:
         for port, weight in old.items():
             port._parameters["weight"] = weight
+            port.__dict__.pop("forward", None)
         if was_tied is not None:
             config.tie_word_embeddings = was_tied
         undo()
@@ -62,6 +63,9 @@ def merge(loaded: Loaded, names: str | Sequence[str]) -> None:
         config.tie_word_embeddings = False
     for port, weight in fresh.items():
         port._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    for port in list(fresh)[1:]:
+        # the first one still asks whether the route is the merged one, for all: the others cost what the base costs
+        port.__dict__["forward"] = port.base.forward
     attached.merged, attached.restore = names, restore
 
 
