@@ -74,6 +74,7 @@ def check(case: str, loaded: Loaded, again: Loaded, said: Tensor, held: list[Ada
     rows = ((first.name,), (), (second.name,))
     alone = torch.cat([states(loaded, Route(names), one_document(BATCH, row)) for row, names in enumerate(rows)])
     mixed = states(loaded, Route.of_rows(*rows))
-    torch.testing.assert_close(mixed, alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max()))
+    # thirty disturbed blocks make 4e-4 of float32's rounding (in float64 both are equal); a wrong row is 2e-2 off
+    torch.testing.assert_close(mixed, alone, rtol=1e-4, atol=1e-3 * float(alone.abs().max()))
     held.append(load_adapter(again, save_adapter(first, folder / "adapter")))
     assert torch.equal(states(again, held[-1].route), told)
