@@ -33,6 +33,7 @@ def test_the_hash_is_that_of_the_bytes_and_sees_one_changed_byte(tmp_path: Path)
     indent=st.none() | st.integers(0, 3),
     chunk=st.integers(1, 40),
 )
+@pytest.mark.slow
 def test_lists_are_cut_into_the_same_rows_wherever_the_reader_stops(
     tmp_path_factory: pytest.TempPathFactory, values: list[str], indent: int | None, chunk: int
 ) -> None:
@@ -64,6 +65,7 @@ def test_lines_begin_at_the_same_places_whatever_the_block_size(
     assert [source.where(index) for index in range(1, len(source))] == [f"{file}:{number}" for number in numbers]
 
 
+@pytest.mark.slow
 def test_many_rows_are_indexed_in_eight_bytes_each(tmp_path: Path) -> None:
     """Kills: holding rows, or a list of offsets, in memory."""
     count = 300_000

@@ -21,6 +21,11 @@ from tunesmith.train.section import PrecisionSection, TrainSection
 from tunesmith.train.trainer import train
 
 DATA = rows(20)
+# the fast tests take a method with inserts, one in place, one of soft tokens
+KINDS = [
+    kind if kind in ("lora", "full", "prompt") else pytest.param(kind, marks=pytest.mark.slow)
+    for kind in METHODS.names()
+]
 
 
 @dataclass
@@ -50,7 +55,7 @@ def tune(folder, kind, dtype=torch.float32, micro=40, recompute="none", **rest):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", METHODS.names())
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_stopped_run_of_any_method_continues_bit_for_bit(tmp_path, kind, dtype):
     """Kills: state of a method that is not among its parameters; masters that are rounded on the way."""
     whole = tune(tmp_path / "whole", kind, dtype)[1].parameters
@@ -63,7 +68,7 @@ def test_a_stopped_run_of_any_method_continues_bit_for_bit(tmp_path, kind, dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", METHODS.names())
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_declared_changes_and_nothing_else(tmp_path, kind, dtype):
     """Kills: a base that is trained along; a declared parameter without gradient."""
     model, tuned = tune(tmp_path, kind, dtype)
@@ -79,7 +84,7 @@ def test_what_is_declared_changes_and_nothing_else(tmp_path, kind, dtype):
             assert not torch.equal(value, start[name]), name
 
 
-@pytest.mark.parametrize("kind", METHODS.names())
+@pytest.mark.parametrize("kind", KINDS)
 def test_micro_batches_and_recomputation_change_nothing(tmp_path, kind):
     """Kills: losses divided within the policy; dropout or route lost in the second forward."""
     ends, first = {}, {}
