@@ -59,7 +59,8 @@ def test_a_merged_map_costs_what_the_base_costs() -> None:
     acting = answers(loaded)
     merge(loaded, adapter.name)
     first, *others = [port for port, _, _ in adapter.inserts()]
-    assert others and all(port.forward == port.base.forward for port in others)
+    assert others
+    assert all(port.forward == port.base.forward for port in others)
     assert first.forward != first.base.forward, "one asks for all, so that a wrong route is an error"
     unmerge(loaded)
     assert torch.equal(answers(loaded), acting)
