@@ -147,3 +147,14 @@ def test_what_cannot_be_bridged_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("tunesmith.adapt.peft_bridge.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'tunesmith\[peft\]'"):
         Peft().check({})
+
+
+def test_an_error_of_peft_without_a_word_is_told_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kills: taking the first line of a message that has none."""
+
+    def silent(*args: object) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setitem(peft.PEFT_TYPE_TO_TUNER_MAPPING, peft.PeftType.LOHA, silent)
+    with pytest.raises(ConfigError, match=r"LOHA cannot be made of these settings \(NotImplementedError\)"):
+        bridged("LOHA").attach(tiny_loaded("llama"))

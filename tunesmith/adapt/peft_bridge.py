@@ -66,10 +66,7 @@ class Peft(Method):
         from tunesmith.models.targets import Target
 
         self.check({})
-        try:
-            made = layers(loaded, self.type, self.config, seed)
-        except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError) as error:
-            raise ConfigError(f"peft: {str(error).splitlines()[0]}", where="method.config") from error
+        made = layers(loaded, self.type, self.config, seed)
         adapter = Adapter(name, self, loaded)
         adapter.seed = seed
         for path, layer in made.items():

@@ -8,7 +8,8 @@ all that it has. The method is `peft_bridge.py`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -18,7 +19,7 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 
 from tunesmith.adapt.peft_bridge import Peft
-from tunesmith.core.errors import AdapterError
+from tunesmith.core.errors import AdapterError, ConfigError
 from tunesmith.core.rng import seed_for
 from tunesmith.models.ports import Insert, Port, port_kind
 
@@ -50,20 +51,20 @@ class Layer(Insert):
 def layers(loaded: Loaded, kind: str, config: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """peft's layers for a model, by the name of the module that each stands for.
 
-    Raises ValueError or another of peft's errors for settings that it refuses.
+    Raises ConfigError for settings that peft refuses, or that are not bridged.
     """
     refused = [key for key in _REFUSED if config.get(key)]
     if refused:
-        raise ValueError(f"{refused[0]} is not bridged")
-    settings = _config(kind, {**config, "task_type": _TASKS.get(loaded.family.kind)})
+        raise ConfigError(f"{refused[0]} is not bridged", where="method.config")
     skeleton = _skeleton(loaded.model)
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng(), warnings.catch_warnings(), _as_config_error(kind):
         warnings.simplefilter("ignore")
         torch.manual_seed(seed_for(seed, "init", "peft"))
+        settings = _config(kind, {**config, "task_type": _TASKS.get(loaded.family.kind)})
         peft.PEFT_TYPE_TO_TUNER_MAPPING[PeftType(kind)](skeleton, settings, NAME)
     found = {path: module for path, module in skeleton.named_modules() if isinstance(module, BaseTunerLayer)}
     if not found:
-        raise ValueError("the settings put no layer anywhere")
+        raise ConfigError("the settings put no layer anywhere", where="method.config")
     return {path: _own(layer) for path, layer in found.items()}
 
 
@@ -101,6 +102,16 @@ def read(
 _OURS = {
     "peft_type", "task_type", "base_model_name_or_path", "inference_mode", "auto_mapping", "peft_version", "revision"
 }  # fmt: skip
+
+
+@contextmanager
+def _as_config_error(kind: str) -> Iterator[None]:
+    """What peft raises about settings is of many kinds, some without a word; around calls of peft alone."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError) as error:
+        told = " ".join(str(error).split()) or f"{kind} cannot be made of these settings ({type(error).__name__})"
+        raise ConfigError(f"peft: {told}", where="method.config") from error
 
 
 def _config(kind: str, settings: Mapping[str, Any]) -> Any:
