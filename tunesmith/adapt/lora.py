@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from tunesmith.adapt.adapter import Adapter
+    from tunesmith.kernels.lowrank import LowRank
     from tunesmith.models.load import Loaded
     from tunesmith.models.ports import Insert
     from tunesmith.models.targets import Target
@@ -156,6 +157,14 @@ class LoRA(Method):
             return pissa.delta(insert, x, dropped, y.dtype)
         change = low_rank(insert["A"], insert["B"], insert.scale, dropped, y.dtype)
         return dora.delta(insert, x, dropped, change, y) if self.dora else change
+
+    def low_rank(self, insert: Insert) -> LowRank | None:
+        """The factors of now, where the change is just s B A x."""
+        from tunesmith.kernels.lowrank import LowRank
+
+        if self.dora or self.init == "pissa" or (self.dropout and insert.training):
+            return None
+        return LowRank(insert["A"], insert["B"], insert.scale)
 
     def weight(self, insert: Insert) -> Tensor:
         """The change of W in float32: [outputs, inputs]."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from tunesmith.adapt.adapter import Adapter
+    from tunesmith.kernels.lowrank import LowRank
     from tunesmith.models.load import Loaded
     from tunesmith.models.ports import Insert
     from tunesmith.models.targets import Target
@@ -88,6 +89,20 @@ class Method(Section):
     def delta(self, insert: Insert, x: Tensor, y: Tensor) -> Tensor:
         """What an insert adds to the output features of its role."""
         raise NotImplementedError
+
+    def penalty(self, adapter: Adapter) -> Tensor | None:
+        """What is added to the loss of a step for the sake of the parameters themselves, once, whatever its units."""
+        return None
+
+    def after_step(self, adapter: Adapter, step: int, total_steps: int) -> None:
+        """Changes parameters after step `step` (from 1), while the gradients of the step are still there.
+
+        It may depend on nothing but these, the parameters and `Adapter.memory`: a resumed run is then the same run.
+        """
+
+    def low_rank(self, insert: Insert) -> LowRank | None:
+        """The delta as s B A x with factors of now; None where it is something else, or dropout acts."""
+        return None
 
     def weight(self, insert: Insert) -> Tensor | None:
         """The same as a change of weights, float32 [output features, input features]; None where it is none."""

@@ -141,6 +141,13 @@ class Swap:
             self.standing[leaf] = adapter
         return old
 
+    def is_settled(self) -> bool:
+        """Whether what stands in the table is what acts in this forward pass, for every row."""
+        shares = self.attached.shares()
+        if any(share.rows is not None and len(share.rows) < share.count for share in shares):
+            return False
+        return bool(self.attached.merged) or self.of([share.adapter for share in shares]) == self.standing
+
     def of(self, names: Sequence[str]) -> dict[str, str | None]:
         """Whose parameters act when some adapters do. Raises AdapterError when two have copies of one."""
         found: dict[str, str | None] = {}

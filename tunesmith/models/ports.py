@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from torch import Tensor, nn
 
 from tunesmith.core.errors import AdapterError
-from tunesmith.models.copies import base_parameter, run_base
+from tunesmith.core.switches import on
+from tunesmith.kernels.build import usable
+from tunesmith.kernels.lowrank import LowRank, Map, maps
+from tunesmith.models.copies import base_parameter, run_base, swap_of
 from tunesmith.models.places import places
 from tunesmith.models.route import Attached
 from tunesmith.models.soft import current_holes
@@ -41,6 +44,10 @@ class Acts(Protocol):
         """The same as a change of weights; None where it is none."""
         ...
 
+    def low_rank(self, insert: Insert) -> LowRank | None:
+        """The delta as s B A x with factors of now; None where it is something else, or dropout acts."""
+        ...
+
 
 class Insert(nn.Module):
     """The parameters of one adapter for one role at one port.
@@ -64,6 +71,10 @@ class Insert(nn.Module):
         parameter = self._parameters[name]
         assert parameter is not None
         return parameter
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What trains here, by name; a tensor that several inserts share is one insert's alone."""
+        return dict(self.named_parameters())
 
     def mapped(self, x: Tensor) -> Tensor:
         """What the base map itself makes of x, without its bias: [..., output features of the role].
@@ -238,6 +249,13 @@ class Port(nn.Module):
 class LinearPort(Port):
     """A port at an nn.Linear or at GPT-2's Conv1D, which keeps its weight input-major."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] to [..., out]; low-rank changes have a backward of their own."""
+        held = as_map(self) if on("lowrank") and usable(x, self._parameters["weight"]) else None
+        if held is None or not held.changes:
+            return super().forward(x)
+        return maps(x.flatten(0, -2), [held]).unflatten(0, x.shape[:-1])
+
 
 class EmbeddingPort(Port):
     """A port at an embedding. What its inserts add is scaled as the embedding scales its own rows (gemma)."""
@@ -288,6 +306,22 @@ def port_kind(module: nn.Module) -> PortKind | None:
         return "conv1d"
     # transformers gives each family a class of its own; without a gain there is nothing to change
     return "norm" if name.__name__.endswith(_NORMS) and module._parameters.get("weight") is not None else None
+
+
+def as_map(module: nn.Module) -> Map | None:
+    """A linear map with the low-rank changes that act on it now, for all rows; None where it is not just that."""
+    base = module.base if isinstance(module, Port) else module
+    swap = swap_of(base)
+    if type(base) is not nn.Linear or base._forward_hooks or (swap is not None and not swap.is_settled()):
+        return None
+    changes = []
+    for share in module.attached.shares() if isinstance(module, Port) else ():
+        for insert in module.of(share.adapter):
+            change = insert.method.low_rank(insert) if share.rows is None and insert.rows is None else None
+            if change is None:
+                return None
+            changes.append(change)
+    return Map(base.weight, base.bias, tuple(changes))
 
 
 def attached_to(model: nn.Module) -> Attached:

@@ -21,7 +21,7 @@ def recompute(blocks: Iterable[nn.Module]) -> None:
     """Makes blocks keep only their inputs while gradients are wanted. Twice is the same as once."""
     for block in blocks:
         if "forward" not in block.__dict__:
-            block.forward = partial(_again, block.forward)
+            block.forward = partial(again, block.forward)
 
 
 def keep(blocks: Iterable[nn.Module]) -> None:
@@ -30,7 +30,8 @@ def keep(blocks: Iterable[nn.Module]) -> None:
         block.__dict__.pop("forward", None)
 
 
-def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Runs something now, and once more in the backward instead of keeping what it made."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     run = partial(forward, **kwargs)

@@ -1,0 +1,164 @@
+"""Linear maps side by side, each with low-rank changes beside it, as one operation with its backward written out.
+
+y = [W_1 x + s B_1 A_1 x | W_2 x + s B_2 A_2 x | ...]. What the backward keeps is x and the narrow A x, and not even x
+where it can be made again from what is kept anyway. Weights that are frozen get no gradient, and cost none.
+Hu et al. 2021, arXiv 2106.09685, equation 3; the gradients are those of its products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tunesmith.kernels import products
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A change s B A of one map: A [rank, inputs] and B [outputs, rank], in any dtype."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Map:
+    """A linear map and the changes beside it: weight [outputs, inputs], bias [outputs] or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    changes: tuple[LowRank, ...] = ()
+
+
+@dataclass(frozen=True)
+class Again:
+    """How an input can be made again: `make(*kept)` has its values, without gradients."""
+
+    make: Callable[..., Tensor]
+    kept: tuple[Tensor, ...]
+
+
+def maps(x: Tensor, held: Sequence[Map], again: Again | None = None) -> Tensor:
+    """What maps make of x, side by side.
+
+    Args:
+        x: [tokens, inputs].
+        held: the maps; all of x's inputs.
+        again: makes x in the backward, so that it need not be kept.
+
+    Returns:
+        [tokens, sum of outputs], in the dtype of x, differentiable in x and in all weights, biases and factors.
+    """
+    changes = [(index, change) for index, one in enumerate(held) for change in one.changes]
+    layout = _Layout(
+        tuple(one.weight.shape[0] for one in held),
+        tuple((index, change.a.shape[0], change.scale) for index, change in changes),
+        again.make if again is not None else None,
+    )
+    tensors = [
+        *(one.weight for one in held),
+        *(one.bias for one in held),
+        *(factor for _, change in changes for factor in (change.a, change.b)),
+    ]
+    y: Tensor = _Maps.apply(x, layout, again.kept if again is not None else (), *tensors)  # type: ignore[no-untyped-call]
+    return y
+
+
+def plain_maps(x: Tensor, held: Sequence[Map]) -> Tensor:
+    """The plain twin of `maps`."""
+    linear = torch.nn.functional.linear
+    parts = []
+    for one in held:
+        y = linear(x, one.weight, one.bias)
+        for change in one.changes:
+            y = y + linear(linear(x, change.a.to(x.dtype)) * change.scale, change.b.to(x.dtype))
+        parts.append(y)
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What is no tensor: outputs of each map; map, rank and scale of each change; how to make x again."""
+
+    outputs: tuple[int, ...]
+    changes: tuple[tuple[int, int, float], ...]
+    make: Callable[..., Tensor] | None
+
+    @property
+    def ranks(self) -> list[int]:
+        return [rank for _, rank, _ in self.changes]
+
+
+class _Maps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: _Layout, kept: tuple[Tensor, ...], *tensors: Tensor | None) -> Tensor:
+        count = len(layout.outputs)
+        weights, biases, factors = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        narrow = down = None
+        ups = [torch.zeros(0)] * count
+        if layout.changes:
+            down = torch.cat([a.to(x.dtype) for a in factors[::2]])  # type: ignore[union-attr]
+            narrow = products.nt(x, down)
+            ups = _ups(layout, factors[1::2], x)  # type: ignore[arg-type]
+        y = products.nt(x, weights, narrow, ups if layout.changes else None, _joined(biases, layout.outputs))
+        wants_x = any(ctx.needs_input_grad[3:][:count]) or any(ctx.needs_input_grad[3 + 2 * count :])
+        own = () if not wants_x else kept if layout.make is not None else (x,)
+        ctx.layout, ctx.count, ctx.own = layout, count, len(own)
+        ctx.like = [None if t is None else t.dtype for t in tensors]
+        ctx.save_for_backward(*own, *weights, *([down, narrow, *ups] if layout.changes else []))
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        layout, count, needs = ctx.layout, ctx.count, ctx.needs_input_grad
+        saved = list(ctx.saved_tensors)
+        own, weights, rest = saved[: ctx.own], saved[ctx.own : ctx.own + count], saved[ctx.own + count :]
+        down, narrow, ups = (rest[0], rest[1], rest[2:]) if rest else (None, None, [])
+        dys = dy.split(layout.outputs, -1)
+        thin = _thin(layout, dys, ups, dy) if layout.changes else None
+        dx = products.nn(dy, weights, thin, down) if needs[0] else None
+        x = (layout.make(*own) if layout.make is not None else own[0]) if own else None
+        like = ctx.like
+        grads: list[Tensor | None] = [None] * len(like)
+        for index in range(count):
+            if needs[3 + index]:
+                grads[index] = products.tn(dys[index], x).to(like[index])
+            if needs[3 + count + index]:
+                grads[count + index] = dys[index].sum(0, dtype=torch.float32).to(like[count + index])
+        if layout.changes and any(needs[3 + 2 * count :]):
+            both = products.tn(thin, x).split(layout.ranks)
+            narrows = narrow.split(layout.ranks, -1)
+            for number, (index, _, scale) in enumerate(layout.changes):
+                at = 2 * count + 2 * number
+                grads[at] = both[number].to(like[at])
+                grads[at + 1] = products.tn(dys[index], narrows[number], scale=scale).to(like[at + 1])
+        return dx, None, None, *grads
+
+
+def _ups(layout: _Layout, factors: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+    """s B of each map, its changes side by side and zeros for those of other maps: [outputs, all ranks]."""
+    found = [x.new_zeros(outputs, sum(layout.ranks)) for outputs in layout.outputs]
+    start = 0
+    for (index, rank, scale), b in zip(layout.changes, factors, strict=True):
+        found[index][:, start : start + rank] = b * scale
+        start += rank
+    return found
+
+
+def _thin(layout: _Layout, dys: Sequence[Tensor], ups: Sequence[Tensor], dy: Tensor) -> Tensor:
+    """The gradient of A x for all changes: [tokens, all ranks]."""
+    return products.nn(dy, ups)
+
+
+def _joined(biases: Sequence[Tensor | None], outputs: Sequence[int]) -> Tensor | None:
+    if all(bias is None for bias in biases):
+        return None
+    some = next(bias for bias in biases if bias is not None)
+    return torch.cat([some.new_zeros(n) if b is None else b for b, n in zip(biases, outputs, strict=True)])
