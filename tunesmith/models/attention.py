@@ -96,6 +96,11 @@ def hearing(hear: Callable[[nn.Module, Tensor, Tensor], None]) -> Iterator[None]
         yield
 
 
+def is_heard() -> bool:
+    """Whether somebody listens; see `hearing`."""
+    return _hearing.get() is not None
+
+
 def use(model: PreTrainedModel) -> None:
     """Makes a model attend through here. Raises ModelError when its family does not use the interface."""
     AttentionInterface.register(NAME, attend)
