@@ -26,7 +26,7 @@ from tunesmith.core.errors import CheckpointError, ConfigError
 from tunesmith.models.load import meta
 from tunesmith.run.spaces import SPACES, Counter, Wanted, choose, title
 from tunesmith.run.sweep import Order, Sweep, plan_sweep
-from tunesmith.run.sweeping import better_half, run_sweep
+from tunesmith.run.sweeping import run_sweep
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SETTINGS = """
@@ -179,24 +179,6 @@ def test_a_dry_run_shows_what_would_be_run_and_runs_nothing(folder: Path) -> Non
     assert not (folder / "out").exists()
 
 
-def test_the_better_half_goes_on() -> None:
-    """Kills: the worse half; a failed trial among the kept; an odd one that is lost."""
-    chosen = choose(Wanted(None, ranks=(1, 2, 3)), Counter(lambda: tiny_meta())).settings[:3]
-    facts = {
-        one.name: {"status": "finished", "metrics": {"loss": {"value": value}}}
-        for one, value in zip(chosen, (1.0, 3.0, 2.0), strict=True)
-    }
-    assert [one.name for one in better_half(chosen, facts, "loss")] == [chosen[0].name, chosen[2].name]
-    facts[chosen[0].name] = {"status": "failed"}
-    assert [one.name for one in better_half(chosen, facts, "loss")] == [chosen[1].name, chosen[2].name]
-
-
-def tiny_meta() -> Any:
-    from tiny_models import tiny_loaded
-
-    return tiny_loaded("llama")
-
-
 # running it
 
 
@@ -268,14 +250,62 @@ def test_minutes_end_a_sweep_in_the_middle_of_a_trial_and_the_next_goes_on(folde
 
 @pytest.mark.slow
 def test_halving_gives_full_runs_to_the_better_half_of_the_better_half(folder: Path) -> None:
-    found = run_sweep(planned("full", "bitfit", "ia3", "top_layers", seeds=1, halving=True))
+    """Kills: full runs for all; short runs that are made again; a choice that is another the next time."""
+    methods = ("full", "bitfit", "ia3", "top_layers")
+    found = run_sweep(planned(*methods, halving=True))
     assert len(found["rows"]) == 1
-    assert sorted(reason.rsplit(" ", 2)[-2] for reason in found["left_out"].values()) == ["1", "1", "2"]
+    reasons = found["left_out"].values()
+    assert sorted(reason.partition(" steps: loss ")[0].rsplit(" ", 1)[1] for reason in reasons) == ["1", "1", "2"]
     assert not found["partial"]
+    facts = {path.parent.name: json.loads(path.read_text()) for path in trials("out")}
+    short = [name for name in facts if name.endswith("-1steps")]
+    best = sorted(short, key=lambda name: facts[name]["metrics"]["loss"]["value"])[:2]
+    assert {name for name in facts if name.endswith("-2steps")} == {name.replace("-1s", "-2s") for name in best}
+    before = hashes(folder)
+    assert run_sweep(planned(*methods, halving=True))["rows"] == found["rows"]
+    assert hashes(folder) == before
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen[str]:
-    words = ["sweep", "s.yaml", "--budget", "1k", "--methods", "lora-q,full", "--within", "0.03", "--seeds", "2"]
+@pytest.mark.slow
+def test_halving_chooses_among_the_cells_of_a_grid(folder: Path) -> None:
+    """Seven cells, then three, then one. Kills: a grid that is run whole; a table of ranks that needs all its cells."""
+    more = {"within": 0.1, "grid": True, "ranks": (1,), "halving": True}
+    chosen = {one.name for one in planned(**more).choice.settings}
+    assert len(chosen) == 7
+    found = run_sweep(planned(**more))
+    [row] = found["rows"]
+    assert {row["name"], *(name for name, why in found["left_out"].items() if "steps: loss" in why)} == chosen
+    assert len(trials("out")) == 7 + 3 + 1
+    assert not found["partial"]
+    assert "steps: loss" in Path("out/table.md").read_text()
+
+
+def test_halving_without_optuna_is_told_before_anything_is_opened(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kills: a night of short runs after which nobody can choose."""
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    (folder / "train.jsonl").unlink()
+    words = "sweep s.yaml --budget 1k --methods full,bitfit --forgetting none --halving"
+    result = CliRunner().invoke(app, words.split())
+    assert isinstance(result.exception, ConfigError)
+    assert "pip install 'tunesmith[sweep]'" in str(result.exception)
+    assert not (folder / "out").exists()
+
+
+def test_a_plan_of_halving_tells_its_short_runs(folder: Path) -> None:
+    words = "sweep s.yaml --budget 1k --methods full,bitfit,ia3,top_layers --forgetting none --halving --dry-run"
+    told = " ".join(CliRunner().invoke(app, words.split()).stdout.split())
+    assert "4 short runs of 1 steps and 2 short runs of 2 steps, then 3 trials" in told
+
+
+def trials(out: str) -> list[Path]:
+    """What ended, the base aside."""
+    return sorted(Path(out).glob("trials/*/trial.json"))
+
+
+def start(folder: Path, *more: str, methods: str = "lora-q,full") -> subprocess.Popen[str]:
+    words = ["sweep", "s.yaml", "--budget", "1k", "--methods", methods, "--within", "0.03", "--seeds", "2"]
     paths = f"{Path(__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     return subprocess.Popen(
         [sys.executable, "-m", "tunesmith", *words, "--forgetting", "general.txt", *more],
@@ -302,10 +332,7 @@ def test_a_sweep_that_is_killed_keeps_its_finished_trials_and_leaves_nothing_run
     done = {str(path): path.read_bytes() for path in (folder / "out").glob("trials/*/trial.json")}
     program.send_signal(number)
     assert program.wait(60) == (75 if number == signal.SIGTERM else -number)
-    deadline = time.monotonic() + 30
-    while alive(folder) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert alive(folder) == []
+    assert quiet(folder)
     again = start(folder)
     assert again.wait(300) == 0, again.stderr.read() if again.stderr else ""
     for path, content in done.items():
@@ -315,16 +342,42 @@ def test_a_sweep_that_is_killed_keeps_its_finished_trials_and_leaves_nothing_run
 
 
 @pytest.mark.slow
+def test_a_halving_that_is_killed_chooses_as_one_that_is_not(folder: Path) -> None:
+    """Killed among the short runs. Kills: survivors of those that happened to be done; short runs made twice."""
+    methods = "full,bitfit,ia3,top_layers"
+    program = start(folder, "--halving", methods=methods)
+    wait_for("out/trials/*-1steps/trial.json", folder, program)
+    done = {str(path): path.read_bytes() for path in trials("out")}
+    program.kill()
+    program.wait(60)
+    assert quiet(folder)
+    assert len(done) < 4
+    again = start(folder, "--halving", methods=methods)
+    assert again.wait(300) == 0, again.stderr.read() if again.stderr else ""
+    assert {path: Path(path).read_bytes() for path in done} == done
+    whole = run_sweep(planned(*methods.split(","), seeds=2, halving=True, out="whole"))
+    found = json.loads((folder / "out" / "sweep.json").read_text())
+    assert [row["name"] for row in found["rows"]] == [row["name"] for row in whole["rows"]]
+    assert found["left_out"] == whole["left_out"]
+    assert (found["partial"], found["finished"], found["trials"]) == (False, 2, 2)
+
+
+@pytest.mark.slow
 def test_a_trial_does_not_outlive_its_sweep(folder: Path) -> None:
     """A trial that would run for an hour. Kills: a process that trains on for nobody."""
     program = start(folder, "train.steps=100000", "train.save_every=1000")
     wait_for("out/trials/*/metrics.jsonl", folder, program)
     program.kill()
     program.wait(60)
+    assert quiet(folder)
+
+
+def quiet(folder: Path) -> bool:
+    """Whether nothing works in a folder any more, soon."""
     deadline = time.monotonic() + 30
     while alive(folder) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert alive(folder) == []
+    return not alive(folder)
 
 
 def alive(folder: Path) -> list[int]:

@@ -18,6 +18,7 @@ from tunesmith.core.amounts import in_bytes, in_time
 from tunesmith.core.errors import CheckpointError, ConfigError, ModelError
 from tunesmith.core.files import read_json
 from tunesmith.models.families import family_of
+from tunesmith.run.halving import require_optuna
 from tunesmith.run.prepare import Prepared, prepare
 from tunesmith.run.spaces import Choice, Counter, Setting, Wanted, choose
 from tunesmith.run.trials import Trial
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 
 GENERAL = "wiki-demo:test"
+HALVINGS = 2
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,12 @@ class Sweep:
     def rows_per_step(self) -> float:
         """Rows of a step, on average."""
         return self.prepared.totals.rows / max(1, self.prepared.totals.steps)
+
+    @property
+    def rungs(self) -> list[int]:
+        """Steps of the short runs that choose who gets full ones, the fewest first; none without halving."""
+        full = self.config.train.steps if self.order.halving else None
+        return [max(1, full // 2**rung) for rung in range(HALVINGS, 0, -1)] if full is not None else []
 
     def trial(self, setting: Setting, seed: int, steps: int | None = None) -> Trial:
         """One run of a setting; with `steps`, a shorter one."""
@@ -185,8 +193,10 @@ def _check(config: Config, order: Order) -> None:
     if not config.evaluate.metrics:
         hint = "evaluate.metrics: [accuracy] and data.eval say what is better"
         raise ConfigError("a sweep needs a score: there is no metric", where="evaluate.metrics", hint=hint)
-    if order.halving and config.train.steps is None:
-        raise ConfigError("halving shortens runs by their steps", where="train.steps", hint="set steps, not epochs")
+    if order.halving:
+        require_optuna()
+        if config.train.steps is None:
+            raise ConfigError("halving shortens runs by their steps", where="train.steps", hint="set steps, not epochs")
     for kind in order.lrs:
         if kind not in order.wanted.kinds:
             raise ConfigError(f"{kind!r} is not tried, so its rate has no effect", where="--lr")
@@ -210,10 +220,20 @@ def plan_table(sweep: Sweep) -> RenderableType:
         note = one.note or {"budget": "", "ranks": "a cell of the table of ranks"}.get(one.why, one.why)
         table.add_row(one.name, f"{one.parameters:,}", share, f"{sweep.lr(one):.3g}", memory, seconds, note)
     lines = [f"{name}: left out, {reason}" for name, reason in sweep.choice.left_out.items()]
-    total = sum(sweep.plans[trial.name]["seconds"] or 0 for trial in sweep.trials())
-    steps = sweep.prepared.totals.steps
-    lines.append(
-        f"{len(sweep.trials())} trials ({len(sweep.choice.settings)} settings x {sweep.order.seeds} seeds) of "
-        f"{steps:,} steps of {sweep.rows_per_step:.3g} rows, about {in_time(total)} of training, judging not counted"
-    )
+    lines.append(_total(sweep))
     return Group(table, Text("\n".join(lines)))
+
+
+def _total(sweep: Sweep) -> str:
+    """How many runs of how many steps, and for how long."""
+    steps, settings, seeds = sweep.prepared.totals.steps, len(sweep.choice.settings), sweep.order.seeds
+    short = [(settings // 2**rung, few) for rung, few in enumerate(sweep.rungs) if settings // 2**rung > 1]
+    kept = settings // 2 ** len(short)
+    told = (
+        f"{kept * seeds} trials ({kept} settings x {seeds} seeds) of {steps:,} steps of {sweep.rows_per_step:.3g} rows"
+    )
+    if short:
+        told = f"{' and '.join(f'{count} short runs of {few:,} steps' for count, few in short)}, then {told}"
+    runs = kept * seeds + sum(count * few / steps for count, few in short)
+    seconds = runs * sum(plan["seconds"] or 0 for plan in sweep.plans.values()) / settings
+    return f"{told}, about {in_time(seconds)} of training, judging not counted"

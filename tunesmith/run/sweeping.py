@@ -10,15 +10,14 @@ from typing import Any
 from tunesmith.core.amounts import in_time
 from tunesmith.core.errors import ModelError, Stopped
 from tunesmith.core.progress import progress_bar
+from tunesmith.evaluate.sweep_rows import higher_is_better
 from tunesmith.run import say
 from tunesmith.run.folder import RunFolder, check_writable, locked
-from tunesmith.run.spaces import Setting
+from tunesmith.run.halving import survivors
 from tunesmith.run.stopping import stoppable
 from tunesmith.run.sweep import Sweep
 from tunesmith.run.sweep_files import drop_checkpoints, write_sweep
 from tunesmith.run.trials import Trial, carry_out
-
-HALVINGS = 2
 
 
 class _OutOfTime(Exception):
@@ -86,17 +85,28 @@ class _Runner:
         return write_sweep(self.sweep, self.settings, self.failed)
 
     def _halve(self) -> None:
-        """Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943): the better half of short runs goes on."""
-        full = self.sweep.config.train.steps
-        assert full is not None
-        for steps in [max(1, full // 2**rung) for rung in range(HALVINGS, 0, -1)]:
+        """Short runs choose: of a quarter of the steps, then of half; `halving.py` says who goes on."""
+        for steps in self.sweep.rungs:
+            if len(self.settings) < 2:
+                return  # there is nothing to choose
             trials = [self.sweep.trial(one, self.sweep.config.train.seed, steps) for one in self.settings]
             found = [self._facts(trial, trials[place:]) for place, trial in enumerate(trials)]
-            scores = {trial.name: facts for trial, facts in zip(trials, found, strict=True)}
-            self.settings = better_half(self.settings, scores, self.sweep.metric)
-            kept = {setting.name for setting in self.settings}
-            for name in scores.keys() - kept:
-                self.sweep.choice.left_out[name] = f"in the lower half after {steps} steps"
+            self._go_on({trial.name: facts for trial, facts in zip(trials, found, strict=True)}, steps)
+
+    def _go_on(self, found: dict[str, dict[str, Any]], steps: int) -> None:
+        """Keeps the settings that survive a rung; why the others do not is told beside the table."""
+        metric = self.sweep.metric
+        scores = {
+            name: facts["metrics"][metric]["value"] if facts["status"] == "finished" else None
+            for name, facts in found.items()
+        }
+        kept = survivors(scores, higher_is_better(metric))
+        self.settings = [setting for setting in self.settings if setting.name in kept]
+        for name, score in scores.items():
+            if name in kept:
+                continue
+            told = found[name]["error"] if score is None else f"{metric} {score:.4g}"
+            self.sweep.choice.left_out[name] = f"not of the better half after {steps} steps: {told}"
 
     def _facts(self, trial: Trial, remaining: Sequence[Trial]) -> dict[str, Any]:
         """What a trial came to; it is run now if it has not ended before. Raises _OutOfTime."""
@@ -151,14 +161,3 @@ class _Runner:
         plan = self.sweep.plans[trial.name]
         share = (trial.config.train.steps or plan["steps"]) / max(1, plan["steps"])
         return float(plan["seconds"] or 0.0) * share
-
-
-def better_half(settings: Sequence[Setting], facts: dict[str, dict[str, Any]], metric: str) -> list[Setting]:
-    """The settings whose trials scored best, half of them (the odd one stays), in their order; failed ones go first."""
-    from tunesmith.evaluate.sweep_rows import higher_is_better
-
-    sign = -1 if higher_is_better(metric) else 1
-    done = [setting for setting in settings if facts[setting.name]["status"] == "finished"]
-    ranked = sorted(done, key=lambda setting: sign * facts[setting.name]["metrics"][metric]["value"])
-    kept = {setting.name for setting in ranked[: (len(settings) + 1) // 2]}
-    return [setting for setting in settings if setting.name in kept]
