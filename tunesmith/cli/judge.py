@@ -30,7 +30,9 @@ def evaluate(
     ] = False,
     data_format: Annotated[str, typer.Option("--format", help="Format of the rows.")] = "auto",
     template: Template = "auto",
-    max_length: Annotated[int, typer.Option("--max-length", min=2, help="Tokens of a row.")] = 1024,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", min=2, help="Tokens of a row; the run's without, else 1024.")
+    ] = None,
     precision: Annotated[str, typer.Option("--precision", help="fp32, bf16, or auto.")] = "auto",
     out: Annotated[str | None, typer.Option("--out", help="Folder for eval.json and samples.jsonl.")] = None,
     as_json: Json = False,

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 CONSTANT, COPY = "constant answer", "copy of the prompt"
+MAX_LENGTH = 1024
 
 
 class Judge:
@@ -142,7 +143,10 @@ class Judge:
 
 @dataclass(frozen=True)
 class Question:
-    """What `tunesmith evaluate` asks; each field is one of its options."""
+    """What `tunesmith evaluate` asks; each field is one of its options.
+
+    `max_length` None is the longest of the runs that are asked, and MAX_LENGTH where none is a run.
+    """
 
     data: str
     metrics: tuple[str, ...]
@@ -153,14 +157,15 @@ class Question:
     baselines: bool = False
     data_format: str = "auto"
     template: str = "auto"
-    max_length: int = 1024
+    max_length: int | None = None
     precision: str = "auto"
 
     def dataset(self, source: str, codec: Codec, template: str, problem: Problem | None = None) -> Dataset:
         """Rows of `source` for a tokenizer, with labels for a problem. Raises DataError, ConfigError."""
         from tunesmith.run.prepare import read_data
 
-        settings = {"eval": source, "format": self.data_format, "template": template, "max_length": self.max_length}
+        length = self.max_length if self.max_length is not None else MAX_LENGTH
+        settings = {"eval": source, "format": self.data_format, "template": template, "max_length": length}
         section = DataSection.model_validate(settings)
         return read_data(section.eval, section, codec, "--data", problem)[0]
 
@@ -184,6 +189,9 @@ def judge_models(sources: list[str], question: Question, out: str | None = None)
     if out is not None:
         check_writable(Path(out))
     seen = [look(source, template=question.template) for source in sources]
+    if question.max_length is None:  # one for all, so that all are asked the same
+        lengths = [one.named.max_length for one in seen if one.named.max_length is not None]
+        question = replace(question, max_length=max(lengths, default=None))
     exams = [_exam(question, one, metrics) for one in seen]  # what is wrong is told before any model is loaded
     models: list[dict[str, Any]] = []
     columns: dict[str, list[str]] = {}

@@ -34,13 +34,14 @@ class Named:
         model: source of the base model, for `models.source.resolve`.
         adapter: folder of the adapter, or None.
         template: the template a run was trained with, or None.
-        format_is_plain: the run was trained on bare prompts and completions.
+        max_length: tokens of a row that a run was trained with, or None.
     """
 
     name: str
     model: str
     adapter: Path | None = None
     template: str | None = None
+    max_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,13 @@ def find(source: str) -> Named:
     run = RunFolder(folder)
     if run.exists:
         config = run.config
-        data = config["data"]
-        template = str(data.get("template", "auto") if isinstance(data, dict) else "auto")
+        data = config["data"] if isinstance(config["data"], dict) else {}
+        template, length = str(data.get("template", "auto")), data.get("max_length")
         if (folder / "model" / "config.json").exists():
-            return Named(source, str(folder / "model"), template=template)
+            return Named(source, str(folder / "model"), None, template, length)
         if (folder / "adapter" / "adapter_config.json").exists():
-            return Named(source, _base(folder / "adapter") or str(config["model"]), folder / "adapter", template)
+            base = _base(folder / "adapter") or str(config["model"])
+            return Named(source, base, folder / "adapter", template, length)
         raise ModelError(
             "this run has no result yet", where=source, hint="finish it with `tunesmith tune ... --resume`"
         )
