@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from tunesmith.core.errors import ModelError
 from tunesmith.models.prefixes import Pair, preceding, side_by_side
-from tunesmith.models.route import current_segments, holding
+from tunesmith.models.route import Segments, current_segments, holding
 
 NAME = "tunesmith"
 # up to so many tokens torch's CPU kernel is faster in float32 than in bfloat16, forward and backward together: 3.4
@@ -76,6 +76,8 @@ def attend(
         raise ModelError("a sliding window without causal attention cannot run packed")
     lengths = list(segments.lengths)
     parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    if segments.prefixes:
+        before = _gone_on_from(segments, key, value, before, sliding_window)
     pairs = before or [None] * len(lengths)
     outputs = [
         _one(*part, pair, causal, dropout, scaling, sliding_window, softcap)
@@ -145,6 +147,19 @@ def _one(
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     ).to(dtype)
+
+
+def _gone_on_from(
+    segments: Segments, key: Tensor, value: Tensor, before: Sequence[Pair | None] | None, window: int | None
+) -> list[Pair | None]:
+    """Keys and values [kv heads, length, width] of the segment that each goes on from."""
+    longest = max(end - start + after - first for start, end, _, first, after in segments.spans)
+    if before is not None or (window is not None and window < longest):
+        raise ModelError("segments that go on from others have neither windows nor keys of an adapter before them")
+    return [
+        None if first == after else (key[0, :, first:after], value[0, :, first:after])
+        for *_, first, after in segments.spans
+    ]
 
 
 def _preceded(

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from tunesmith.core.errors import AdapterError
@@ -54,13 +56,30 @@ BASE = Route()
 
 @dataclass(frozen=True)
 class Segments:
-    """Documents that lie end to end in one row.
+    """Documents, or parts of documents, that lie end to end in one row.
 
     Attributes:
         lengths: tokens of each; they add up to the length of the row.
+        prefixes: for each, the number of an earlier one that it goes on from: all of its tokens see all of that one's.
+            None where there is none, left out where no segment has any. What is gone on from goes on from nothing.
     """
 
     lengths: tuple[int, ...]
+    prefixes: tuple[int | None, ...] = ()
+
+    @cached_property
+    def spans(self) -> tuple[tuple[int, int, int, int, int], ...]:
+        """(first query, end of queries, first of their own keys, first key before these, end of those) of each.
+
+        Own keys are as many as queries, and seen causally where attention is causal; those before are seen by all.
+        """
+        starts = list(accumulate(self.lengths, initial=0))
+        found = []
+        for number, start in enumerate(starts[:-1]):
+            prefix = self.prefixes[number] if self.prefixes else None
+            before = (0, 0) if prefix is None else (starts[prefix], starts[prefix + 1])
+            found.append((start, starts[number + 1], start, *before))
+        return tuple(found)
 
     def enter(self) -> AbstractContextManager[None]:
         """Makes attention of every forward pass within stay inside documents."""
