@@ -1,0 +1,185 @@
+/* Norms, rotary positions and gated activations in one pass over memory each, forward and backward.
+
+   Rows are shared out among threads, and a row is always summed in the same order, so that no result depends on how
+   many threads there are. dtype: 0 float32, 1 bfloat16; everything between load and store is float32. */
+#include <math.h>
+
+#include "vectors.h"
+
+#define EACH(i, width) for (long i = 0; i < (width); i += LANES)
+#define ROWS _Pragma("omp parallel for num_threads(threads) schedule(static)")
+/* A body for each dtype, so that the dtype is a constant inside. */
+#define BY_DTYPE(call) do { if (dtype) { enum { D = 1 }; call; } else { enum { D = 0 }; call; } } while (0)
+#define BY_DTYPES(call)                                                                              \
+    do {                                                                                             \
+        if (weight_dtype) { enum { W = 1 }; BY_DTYPE(call); } else { enum { W = 0 }; BY_DTYPE(call); } \
+    } while (0)
+
+static inline void *row_of(const void *matrix, long at, int dtype) {
+    return matrix ? (char *)matrix + at * (dtype ? 2 : 4) : 0;
+}
+
+/* y = (offset + weight) x / rms(x), where with r first x becomes s = x + r. */
+INLINE float norm_row(const char *x, const char *r, const char *weight, char *s, char *y, long width, float eps,
+                      float offset, const int dtype, const int weight_dtype) {
+    floats squares = {};
+    EACH(i, width) {
+        const long n = ends(i, width);
+        floats v = load(x, i, n, dtype);
+        if (r) {
+            v = rounded(v + load(r, i, n, dtype), dtype);
+            store(s, i, n, v, dtype);
+        }
+        squares += v * v;
+    }
+    const float inverse = 1.0f / sqrtf(sum_of(squares) / (float)width + eps);
+    const char *held = r ? s : x;
+    EACH(i, width) {
+        const long n = ends(i, width);
+        const floats w = load(weight, i, n, weight_dtype) + offset;
+        store(y, i, n, load(held, i, n, dtype) * inverse * w, dtype);
+    }
+    return inverse;
+}
+
+void ts_rms_norm(const void *x, const void *r, const void *weight, void *s, void *y, float *inverse, long rows,
+                 long width, float eps, float offset, int dtype, int weight_dtype, int threads) {
+    ROWS for (long row = 0; row < rows; row++) {
+        const long at = row * width;
+        BY_DTYPES(inverse[row] = norm_row(row_of(x, at, D), row_of(r, at, D), weight, row_of(s, at, D),
+                                          row_of(y, at, D), width, eps, offset, D, W));
+    }
+}
+
+/* dx = ds + inverse w dy - x inverse^3 mean(w dy x); dweight, where wanted, gains inverse dy x. */
+INLINE void norm_back_row(const char *dy, const char *x, const char *weight, float inverse, const char *ds, char *dx,
+                          float *dweight, long width, float offset, const int dtype, const int weight_dtype) {
+    floats products = {};
+    EACH(i, width) {
+        const long n = ends(i, width);
+        const floats w = load(weight, i, n, weight_dtype) + offset;
+        products += load(dy, i, n, dtype) * w * load(x, i, n, dtype);
+    }
+    const float along = inverse * inverse * inverse * (sum_of(products) / (float)width);
+    EACH(i, width) {
+        const long n = ends(i, width);
+        const floats v = load(x, i, n, dtype), g = load(dy, i, n, dtype) * inverse;
+        floats d = g * (load(weight, i, n, weight_dtype) + offset) - v * along;
+        if (ds) d += load(ds, i, n, dtype);
+        store(dx, i, n, d, dtype);
+        if (dweight) store(dweight, i, n, load(dweight, i, n, 0) + g * v, 0);
+    }
+}
+
+/* dweight: null, or [blocks, width] zeros: each block of rows sums into its own, whichever thread has it. */
+void ts_rms_norm_back(const void *dy, const void *x, const void *weight, const float *inverse, const void *ds, void *dx,
+                      float *dweight, long blocks, long rows, long width, float offset, int dtype, int weight_dtype,
+                      int threads) {
+    ROWS for (long block = 0; block < blocks; block++) {
+        float *sums = dweight ? dweight + block * width : 0;
+        for (long row = rows * block / blocks; row < rows * (block + 1) / blocks; row++) {
+            const long at = row * width;
+            BY_DTYPES(norm_back_row(row_of(dy, at, D), row_of(x, at, D), weight, inverse[row], row_of(ds, at, D),
+                                    row_of(dx, at, D), sums, width, offset, D, W));
+        }
+    }
+}
+
+/* One head turned: first half a, second half b of its first `turned` columns; what is beyond is copied. */
+INLINE void turn(const char *from, char *to, const char *cosines, const char *sines, long turned, long width,
+                 const int back, const int dtype, const int table_dtype) {
+    const long half = turned / 2;
+    EACH(i, half) {
+        const long n = ends(i, half), j = half + i;
+        const floats a = load(from, i, n, dtype), b = load(from, j, n, dtype);
+        const floats ca = load(cosines, i, n, table_dtype), cb = load(cosines, j, n, table_dtype);
+        const floats sa = load(sines, i, n, table_dtype), sb = load(sines, j, n, table_dtype);
+        store(to, i, n, back ? a * ca + b * sb : a * ca - b * sa, dtype);
+        store(to, j, n, back ? b * cb - a * sa : b * cb + a * sb, dtype);
+    }
+    if (turned < width) memcpy(row_of(to, turned, dtype), row_of(from, turned, dtype), (width - turned) * (dtype ? 2 : 4));
+}
+
+INLINE void rope_row(char *joined, char *part, long heads, const char *cosines, const char *sines, long turned,
+                     long width, const int back, const int dtype, const int table_dtype) {
+    for (long head = 0; head < heads; head++) {
+        char *a = row_of(joined, head * width, dtype), *b = row_of(part, head * width, dtype);
+        if (back) turn(b, a, cosines, sines, turned, width, 1, dtype, table_dtype);
+        else turn(a, b, cosines, sines, turned, width, 0, dtype, table_dtype);
+    }
+}
+
+/* Forward from joined [rows, (heads + 2 kv_heads) width] to q, k and v; backward from their gradients to its. */
+void ts_split_rope(void *joined, const void *cosines, const void *sines, void *q, void *k, void *v, long rows,
+                   long heads, long kv_heads, long width, long turned, int back, int dtype, int weight_dtype,
+                   int threads) {
+    const long bytes = dtype ? 2 : 4, total = (heads + 2 * kv_heads) * width;
+    ROWS for (long row = 0; row < rows; row++) {
+        char *from = row_of(joined, row * total, dtype), *middle = from + heads * width * bytes;
+        char *last = middle + kv_heads * width * bytes, *values = row_of(v, row * kv_heads * width, dtype);
+        const char *c = row_of(cosines, row * turned, weight_dtype), *s = row_of(sines, row * turned, weight_dtype);
+        BY_DTYPES(
+            rope_row(from, row_of(q, row * heads * width, D), heads, c, s, turned, width, back, D, W);
+            rope_row(middle, row_of(k, row * kv_heads * width, D), kv_heads, c, s, turned, width, back, D, W));
+        memcpy(back ? last : values, back ? values : last, kv_heads * width * bytes);
+    }
+}
+
+enum { SILU, GELU_TANH, GELU };
+
+/* act(x) and its derivative. The gelu by tanh is x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3). */
+INLINE floats activated(floats x, floats *slope, const int kind) {
+    if (kind == GELU) {
+        floats density;
+        const floats below = normal_of(x, &density);
+        *slope = below + x * density;
+        return x * below;
+    }
+    const floats inner = kind == SILU ? x : x * (1.595769122f + 0.0713548163f * x * x);
+    const floats gate = sigmoid_of(inner);
+    const floats steep = kind == SILU ? x : x * (1.595769122f + 0.214064449f * x * x);
+    *slope = gate * (1.0f + steep * (1.0f - gate));
+    return x * gate;
+}
+
+INLINE void gated_row(const char *gate, const char *up, char *y, long width, const int kind, const int dtype) {
+    floats slope;
+    EACH(i, width) {
+        const long n = ends(i, width);
+        store(y, i, n, activated(load(gate, i, n, dtype), &slope, kind) * load(up, i, n, dtype), dtype);
+    }
+}
+
+INLINE void gated_back_row(const char *dy, const char *gate, const char *up, char *dgate, char *dup, long width,
+                           const int kind, const int dtype) {
+    floats slope;
+    EACH(i, width) {
+        const long n = ends(i, width);
+        const floats d = load(dy, i, n, dtype), a = activated(load(gate, i, n, dtype), &slope, kind);
+        store(dgate, i, n, d * load(up, i, n, dtype) * slope, dtype);
+        store(dup, i, n, d * a, dtype);
+    }
+}
+
+#define BY_KIND(call)                                                                           \
+    do {                                                                                        \
+        if (kind == SILU) { enum { K = SILU }; BY_DTYPE(call); }                                \
+        else if (kind == GELU_TANH) { enum { K = GELU_TANH }; BY_DTYPE(call); }                 \
+        else { enum { K = GELU }; BY_DTYPE(call); }                                             \
+    } while (0)
+
+/* y = act(gate) up, where a row of gu holds gate and then up, `width` of each. */
+void ts_gated(const void *gu, void *y, long rows, long width, int kind, int dtype, int threads) {
+    ROWS for (long row = 0; row < rows; row++) {
+        const char *gate = row_of(gu, 2 * row * width, dtype), *up = row_of(gate, width, dtype);
+        BY_KIND(gated_row(gate, up, row_of(y, row * width, D), width, K, D));
+    }
+}
+
+void ts_gated_back(const void *dy, const void *gu, void *dgu, long rows, long width, int kind, int dtype, int threads) {
+    ROWS for (long row = 0; row < rows; row++) {
+        const char *gate = row_of(gu, 2 * row * width, dtype), *up = row_of(gate, width, dtype);
+        char *dgate = row_of(dgu, 2 * row * width, dtype), *dup = row_of(dgate, width, dtype);
+        BY_KIND(gated_back_row(row_of(dy, row * width, D), gate, up, dgate, dup, width, K, D));
+    }
+}

@@ -1,0 +1,257 @@
+"""Norms, rotary positions and gated activations: one pass over memory each, forward and backward, and plain twins.
+
+Inside, everything is float32; results are rounded once. What the backward keeps is named with each function. Where
+the kernels cannot run (elementwise.c; another device, a dtype they lack, a tracer) the plain twins do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from tunesmith.core.switches import on
+from tunesmith.kernels.build import DTYPES, library, pointer, threads, usable
+
+KINDS = ("silu", "gelu_tanh", "gelu")
+BLOCKS = 16  # blocks of rows that sum a weight's gradient apart: fixed, so that no result depends on the threads
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """x / rms(x) * (offset + weight) along the last axis (Zhang and Sennrich 2019, arXiv 1910.07467).
+
+    Args:
+        x: [..., width], float32 or bfloat16; the backward keeps it, and one float a row.
+        weight: [width], of either dtype, trained or frozen.
+        eps: added to the mean of squares.
+        offset: 1 where the weight is kept as a difference from one (gemma).
+    """
+    if not _ours(x, weight):
+        return plain_rms_norm(x, weight, eps, offset)
+    y: Tensor = _Norm.apply(x, weight, eps, offset)  # type: ignore[no-untyped-call]
+    return y
+
+
+def plain_rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """The plain twin of `rms_norm`."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed * (weight.to(wide.dtype) + offset)).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, r: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """x + r and its `rms_norm`; the backward keeps the sum, and one float a row."""
+    if not (_ours(x, r, weight) and x.shape == r.shape and x.dtype == r.dtype):
+        return plain_add_rms_norm(x, r, weight, eps, offset)
+    found: tuple[Tensor, Tensor] = _AddNorm.apply(x, r, weight, eps, offset)  # type: ignore[no-untyped-call]
+    return found
+
+
+def plain_add_rms_norm(x: Tensor, r: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The plain twin of `add_rms_norm`."""
+    total = x + r
+    return total, plain_rms_norm(total, weight, eps, offset)
+
+
+def split_rope(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys turned by their positions, and values, out of one product.
+
+    A head's first half a and second half b become a cos - b sin and b cos + a sin (Su et al. 2021, arXiv 2104.09864,
+    with the halves apart as in llama). The backward keeps nothing but the tables.
+
+    Args:
+        qkv: [tokens, (heads + 2 kv_heads) * width]: all queries, then keys, then values.
+        cos, sin: [tokens, turned]; where `turned` < width the columns beyond it stay. No gradient is made for them.
+
+    Returns:
+        q [tokens, heads, width], k and v [tokens, kv_heads, width], contiguous.
+    """
+    if not (_ours(qkv, cos, sin) and cos.dtype == sin.dtype and cos.shape == sin.shape):
+        return plain_split_rope(qkv, cos, sin, heads, kv_heads)
+    found: tuple[Tensor, Tensor, Tensor] = _Rope.apply(qkv, cos, sin, heads, kv_heads)  # type: ignore[no-untyped-call]
+    return found
+
+
+def plain_split_rope(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The plain twin of `split_rope`."""
+    turned = cos.shape[-1]
+    q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], 1)
+
+    def turn(x: Tensor) -> Tensor:
+        inner, beyond = x[..., :turned], x[..., turned:]
+        a, b = inner.chunk(2, -1)
+        found = inner * cos[:, None] + torch.cat([-b, a], -1) * sin[:, None]
+        return torch.cat([found.to(x.dtype), beyond], -1)
+
+    return turn(q), turn(k), v.contiguous()
+
+
+def gated(gu: Tensor, kind: str) -> Tensor:
+    """act(gate) * up: [..., 2 width] -> [..., width] (Shazeer 2020, arXiv 2002.05202). The backward keeps `gu`.
+
+    Args:
+        gu: the gate's columns, then those of up.
+        kind: the activation: "silu", "gelu_tanh" or "gelu".
+    """
+    if not _ours(gu):
+        return plain_gated(gu, kind)
+    y: Tensor = _Gated.apply(gu, KINDS.index(kind))  # type: ignore[no-untyped-call]
+    return y
+
+
+def plain_gated(gu: Tensor, kind: str) -> Tensor:
+    """The plain twin of `gated`."""
+    gate, up = gu.chunk(2, -1)
+    if kind == "silu":
+        return functional.silu(gate) * up
+    return functional.gelu(gate, approximate={"gelu_tanh": "tanh", "gelu": "none"}[kind]) * up
+
+
+def _ours(*tensors: Tensor) -> bool:
+    return on("elementwise") and usable(*tensors)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        y, inverse = _norm(x, None, None, weight, eps, offset)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.offset = offset
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        dx, dweight = _norm_back(dy, None, x, weight, inverse, ctx.offset, ctx.needs_input_grad[1])
+        return dx, dweight, None, None
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, r: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+        x, r, weight = x.contiguous(), r.contiguous(), weight.contiguous()
+        total = torch.empty_like(x)
+        y, inverse = _norm(x, r, total, weight, eps, offset)
+        ctx.save_for_backward(total, weight, inverse)
+        ctx.set_materialize_grads(False)
+        ctx.offset = offset
+        return total, y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dtotal: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return dtotal, dtotal, None, None, None
+        total, weight, inverse = ctx.saved_tensors
+        dx, dweight = _norm_back(dy, dtotal, total, weight, inverse, ctx.offset, ctx.needs_input_grad[2])
+        return dx, dx, dweight, None, None
+
+
+def _norm(
+    x: Tensor, r: Tensor | None, total: Tensor | None, weight: Tensor, eps: float, offset: float
+) -> tuple[Tensor, Tensor]:
+    """The normed rows, and 1 / rms of each in float32; `total` becomes x + r where there is an r."""
+    y, width = torch.empty_like(x), x.shape[-1]
+    inverse = torch.empty(x.shape[:-1], dtype=torch.float32)
+    _kernels().ts_rms_norm(
+        pointer(x), pointer(r), pointer(weight), pointer(total), pointer(y), pointer(inverse),
+        inverse.numel(), width, eps, offset, DTYPES[x.dtype], DTYPES[weight.dtype], threads(),
+    )  # fmt: skip
+    return y, inverse
+
+
+def _norm_back(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor, offset: float, trained: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x, with `dtotal` added, and of the weight where it trains."""
+    dy, dtotal = dy.contiguous(), None if dtotal is None else dtotal.contiguous()
+    dx, width = torch.empty_like(x), x.shape[-1]
+    sums = torch.zeros(BLOCKS, width) if trained else None
+    _kernels().ts_rms_norm_back(
+        pointer(dy), pointer(x), pointer(weight), pointer(inverse), pointer(dtotal), pointer(dx), pointer(sums),
+        BLOCKS, inverse.numel(), width, offset, DTYPES[x.dtype], DTYPES[weight.dtype], threads(),
+    )  # fmt: skip
+    return dx, None if sums is None else sums.sum(0).to(weight.dtype)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
+        rows, width = len(qkv), qkv.shape[1] // (heads + 2 * kv_heads)
+        q = qkv.new_empty(rows, heads, width)
+        k, v = (qkv.new_empty(rows, kv_heads, width) for _ in range(2))
+        _rope(qkv, cos, sin, q, k, v, back=0)
+        ctx.save_for_backward(cos, sin)
+        ctx.shape = qkv.shape
+        return q, k, v
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        dqkv = dq.new_empty(ctx.shape)
+        _rope(dqkv, cos, sin, dq.contiguous(), dk.contiguous(), dv.contiguous(), back=1)
+        return dqkv, None, None, None, None
+
+
+def _rope(joined: Tensor, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, v: Tensor, back: int) -> None:
+    rows, heads, width = q.shape
+    _kernels().ts_split_rope(
+        pointer(joined), pointer(cos), pointer(sin), pointer(q), pointer(k), pointer(v),
+        rows, heads, k.shape[1], width, cos.shape[1], back, DTYPES[q.dtype], DTYPES[cos.dtype], threads(),
+    )  # fmt: skip
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gu: Tensor, kind: int) -> Tensor:
+        gu = gu.contiguous()
+        width = gu.shape[-1] // 2
+        y = gu.new_empty(*gu.shape[:-1], width)
+        rows = y.numel() // max(width, 1)
+        _kernels().ts_gated(pointer(gu), pointer(y), rows, width, kind, DTYPES[gu.dtype], threads())
+        ctx.save_for_backward(gu)
+        ctx.kind = kind
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (gu,), dy = ctx.saved_tensors, dy.contiguous()
+        dgu, width = torch.empty_like(gu), dy.shape[-1]
+        rows = dy.numel() // max(width, 1)
+        _kernels().ts_gated_back(
+            pointer(dy), pointer(gu), pointer(dgu), rows, width, ctx.kind, DTYPES[gu.dtype], threads()
+        )
+        return dgu, None
+
+
+@cache
+def _kernels() -> ctypes.CDLL:
+    """The library, told what its functions take: p a pointer, l a long, f a float, i an int."""
+    held = library()
+    assert held is not None  # usable() says so
+    kinds = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
+    for name, taken in _TAKEN.items():
+        function = getattr(held, name)
+        function.argtypes, function.restype = [kinds[letter] for letter in taken], None
+    return held
+
+
+_TAKEN = {
+    "ts_rms_norm": "pppppp" "ll" "ff" "iii",
+    "ts_rms_norm_back": "ppppppp" "lll" "f" "iii",
+    "ts_split_rope": "pppppp" "lllll" "i" "iii",
+    "ts_gated": "pp" "ll" "i" "ii",
+    "ts_gated_back": "ppp" "ll" "i" "ii",
+}  # fmt: skip
