@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from tunesmith.core.errors import AdapterError
 from tunesmith.models.copies import base_parameter, copies, drop_copies, put_copy
@@ -41,6 +41,7 @@ class Adapter:
         phases: parts of a run in which different parameters train; none is one for all.
         seed: what its method draws from it must be drawn again when it is loaded; saved with it.
         head: its prediction head, where the model is to predict.
+        memory: what its method remembers from step to step, by name; saved in checkpoints, and nowhere else.
     """
 
     def __init__(self, name: str, method: Method, loaded: Loaded) -> None:
@@ -57,6 +58,7 @@ class Adapter:
         self.seed = 0
         self.head: Head | None = None
         self.lr_factors: dict[str, float] = {}
+        self.memory: dict[str, Tensor] = {}
         freeze(loaded.model)
         for copy in copies(loaded.model):
             copy.requires_grad_(True)  # another adapter's, as its inserts are left alone
@@ -96,6 +98,16 @@ class Adapter:
             attached_to(self.loaded.model).names.append(self.name)
         return self
 
+    # what training asks
+
+    def penalty(self) -> Tensor | None:
+        """What its method adds to the loss of a step; None for nothing."""
+        return self.method.penalty(self)
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """What its method does after a step."""
+        self.method.after_step(self, step, total_steps)
+
     # what others ask
 
     def inserts(self) -> list[tuple[Port, str, Insert]]:
@@ -120,7 +132,7 @@ class Adapter:
         """The same without the prediction head."""
         found = dict(self.trained)
         for port, role, insert in self.inserts():
-            found |= {f"{port.path}.{role}.{name}": value for name, value in insert.named_parameters()}
+            found |= {f"{port.path}.{role}.{name}": value for name, value in insert.trained().items()}
         return dict(sorted(found.items()))
 
     @property

@@ -177,6 +177,7 @@ class _Tuned:
         self.policy = policy
         self.phases = adapter.phases
         self.lr_factors = adapter.lr_factors
+        self.memory, self.penalty, self.after_step = adapter.memory, adapter.penalty, adapter.after_step
 
 
 def _train(

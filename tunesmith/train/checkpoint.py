@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WEIGHTS, MOMENTS, STATE, MANIFEST = "weights.safetensors", "moments.safetensors", "state.json", "manifest.json"
+MEMORY = "memory."  # before the names of what a method remembers, which lies with the moments
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})")
 _LEFTOVER = re.compile(r"\.step-\d{6,}\..*")

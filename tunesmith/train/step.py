@@ -83,9 +83,18 @@ def fill_missing(masters: dict[str, nn.Parameter], first: bool) -> None:
 
 
 def update(
-    optimizer: AdamW, precision: Precision, layout: Layout, *, lr: float, clip: float, rows: Sequence[Batch] = ()
+    optimizer: AdamW,
+    precision: Precision,
+    layout: Layout,
+    *,
+    lr: float,
+    clip: float,
+    rows: Sequence[Batch] = (),
+    then: Callable[[], None] = lambda: None,
 ) -> float:
     """Clips, steps, publishes and frees the gradients; answers the norm before clipping.
+
+    `then` is called once parameters have moved, while the gradients are still there.
 
     Raises DivergedError when the norm is not finite, before anything has changed.
     """
@@ -97,6 +106,7 @@ def update(
         torch._foreach_mul_(gradients, clip / norm)
     optimizer.step(lr)
     precision.publish()
+    then()
     precision.clear()
     return norm
 

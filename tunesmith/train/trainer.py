@@ -21,7 +21,7 @@ import torch
 from tunesmith.core.errors import CheckpointError, ConfigError, DataError, DivergedError
 from tunesmith.core.rng import seed_for
 from tunesmith.parallel.layout import Layout, Single
-from tunesmith.train.checkpoint import MOMENTS, WEIGHTS, Checkpoint, Checkpoints, State
+from tunesmith.train.checkpoint import MEMORY, MOMENTS, WEIGHTS, Checkpoint, Checkpoints, State
 from tunesmith.train.log import MetricsLog, peak_bytes
 from tunesmith.train.optim import FIRST, SECOND, AdamW
 from tunesmith.train.phases import span_of, train_only
@@ -114,6 +114,9 @@ class _Run:
         self.precision = Precision(tuned.parameters, precision)
         self.phases = tuple(getattr(tuned, "phases", ()))
         self.lr_factors = dict(getattr(tuned, "lr_factors", {}))
+        self.memory = {MEMORY + name: value for name, value in getattr(tuned, "memory", {}).items()}
+        self.penalty = getattr(tuned, "penalty", lambda: None)
+        self.after_step = getattr(tuned, "after_step", lambda step, total_steps: None)
         self._enter(1)
         self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
         self.state = State()
@@ -158,7 +161,7 @@ class _Run:
         self._enter(max(1, found.state.step))
         masters = self.optimizer.masters
         moments = {kind + name: torch.empty_like(masters[name]) for name in masters for kind in (FIRST, SECOND)}
-        found.read(MOMENTS, moments)
+        found.read(MOMENTS, moments | self.memory)
         self.optimizer.restore(moments, found.state.step - self.span.before_steps)
         self.precision.publish()
         self.state = found.state
@@ -206,8 +209,14 @@ class _Run:
         self.policy.train(True)
         try:
             loss = accumulate(self.objective, self.policy, batches, self.precision, self.layout, self._reseed(number))
+            more = self.penalty()
+            if more is not None:
+                self.precision.backward(more)
             fill_missing(self.optimizer.masters, first=number == self.resumed_step + 1)
-            norm = update(self.optimizer, self.precision, self.layout, lr=lr, clip=self.settings.clip, rows=batches)
+            norm = update(
+                self.optimizer, self.precision, self.layout, lr=lr, clip=self.settings.clip, rows=batches,
+                then=lambda: self.after_step(number, self.total_steps),
+            )  # fmt: skip
         except DivergedError as error:
             raise self._diverged(error, number) from error
         finally:
@@ -312,7 +321,7 @@ class _Run:
             # as text, because the order of its fields is part of metrics.jsonl
             self.state.pending, self.state.reason = json.dumps(pending), reason
         self.metrics.sync()
-        self.checkpoints.save(self.state, self.precision.masters, self.optimizer.state(), self.seconds())
+        self.checkpoints.save(self.state, self.precision.masters, self.optimizer.state() | self.memory, self.seconds())
         self.saved_step = self.state.step
         self.checkpoints.prune(self.state.best_step)
 

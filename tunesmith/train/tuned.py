@@ -31,6 +31,8 @@ class Tuned(Protocol):
             where it is empty, all train from the first step to the last.
         lr_factors: what the learning rate of some parameters is multiplied by, by name; without the attribute, or
             where it is empty, all have the same.
+        memory: tensors that its method remembers from step to step, by name; saved in every checkpoint.
+        penalty, after_step: of `adapt.adapter.Adapter`, with `memory` or without any of them.
     """
 
     @property
