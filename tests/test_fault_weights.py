@@ -95,8 +95,8 @@ ADAPTERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         lambda f: change_tensors(f / WHOLE, lambda t: [v.fill_(float("nan")) for v in t.values()]), ("NaN", WHOLE)
     ),
     "unknown method": (
-        lambda f: edit_json(f / "run/adapter/adapter_config.json", peft_type="VERA", tunesmith_method=None),
-        ("VERA", "adapter_config.json"),
+        lambda f: edit_json(f / "run/adapter/adapter_config.json", peft_type="QUERY", tunesmith_method=None),
+        ("QUERY", "adapter_config.json"),
     ),
 }  # fmt: skip
 

@@ -8,89 +8,101 @@ from typing import Any
 import peft
 import pytest
 import torch
+from conformance import check_method, check_rows, model_of
+from peft_cases import NEAR_STARTS, OTHER_STARTS, bridged, cases, fresh, said_by, trained_by
 from safetensors.torch import load_file
 from tiny_models import IDS, TinyLoaded, answers, bits, disturb, tiny_loaded, tiny_model
 
 from tunesmith.adapt.lora import LoRA
-from tunesmith.adapt.peft_bridge import TYPES, Peft
+from tunesmith.adapt.peft_bridge import LAYERS, OWN, REFUSED, TYPES, Peft
+from tunesmith.adapt.peft_layers import whole_of
 from tunesmith.adapt.store import TENSORS, load_adapter, save_adapter
-from tunesmith.core.errors import ConfigError
+from tunesmith.core.errors import AdapterError, ConfigError
 from tunesmith.models.families import family_of
-from tunesmith.models.route import BASE, Route
+from tunesmith.models.policy import Policy
+from tunesmith.models.route import Route
 
-PLACES = ["q_proj", "v_proj"]
-# what makes a type fit maps of 32 features
-SIZES: dict[str, dict[str, Any]] = {
-    "OFT": {"oft_block_size": 0, "r": 4}, "BOFT": {"boft_block_size": 4}, "FOURIERFT": {"n_frequency": 20},
-    "WAVEFT": {"n_frequency": 20}, "C3A": {"block_size": 8}, "GRALORA": {"r": 4}, "MISS": {"r": 4},
-    "ROAD": {"group_size": 8},
-}  # fmt: skip
-# as peft begins: not the base, or the base up to rounding
-OTHER_STARTS = {"FOURIERFT", "C3A", "HRA", "MISS"}
+BOTH = cases("llama", "bert")
+ON_LAYERS = [case for case in BOTH if case[0] in LAYERS]
 
 
-def bridged(kind: str, **more: Any) -> Peft:
-    return Peft(type=kind, config={"target_modules": PLACES, **SIZES.get(kind, {}), **more})
+def test_every_type_of_peft_is_bridged_written_here_or_refused_with_a_reason() -> None:
+    """Kills: a type of the installed peft that nobody has thought of."""
+    assert {kind.value for kind in peft.PEFT_TYPE_TO_TUNER_MAPPING} == {*TYPES, *OWN, *REFUSED}
 
 
-def trained_by_peft(model: Any) -> dict[str, torch.nn.Parameter]:
-    return {name.replace(".default", ""): value for name, value in model.named_parameters() if value.requires_grad}
+@pytest.mark.parametrize(("kind", "family"), BOTH)
+def test_a_bridged_tuner_is_a_method_like_any_other(kind: str, family: str, tmp_path: Path) -> None:
+    """What moves, the base, reload, removal, rows. Kills: a frozen part that trains; another adapter's maps as ours."""
+    method, model = bridged(kind, family), {"llama": "llama tied"}.get(family, family)
+    loaded = model_of(model, tmp_path)
+    said = answers(loaded)
+    method.attach(loaded, seed=3)
+    Policy(loaded)  # what precedes keys is seen by our attention
+    if kind in NEAR_STARTS:
+        torch.testing.assert_close(answers(loaded), said, rtol=0, atol=1e-5)
+    assert torch.equal(answers(loaded), said) == (kind not in NEAR_STARTS | OTHER_STARTS)
+    check_method(method, model, torch.float32, tmp_path / "method")
+    check_rows(method, model, tmp_path / "rows")
+    if family == "llama":
+        check_method(method, model, torch.bfloat16, tmp_path / "bf16")
 
 
-@pytest.mark.parametrize("kind", TYPES)
-def test_a_bridged_tuner_is_that_of_peft(kind: str, tmp_path: Path) -> None:
-    """Outputs, gradients, and the file, there and back. Kills: a frozen part that trains, a name that peft skips."""
-    loaded = tiny_loaded("llama", tmp_path)
-    before, said = bits(loaded.model), answers(loaded)
-    adapter = bridged(kind).attach(loaded, "mine", seed=3)
-    assert kind in OTHER_STARTS or torch.equal(answers(loaded), said)
+@pytest.mark.parametrize(("kind", "family"), ON_LAYERS)
+def test_layers_are_those_of_peft(kind: str, family: str, tmp_path: Path) -> None:
+    """Outputs, gradients, and the file. Kills: a name that peft skips; a shared tensor that is counted twice."""
+    loaded = tiny_loaded(family, tmp_path)
+    adapter = bridged(kind, family).attach(loaded, "mine", seed=3)
     disturb(adapter)
     path = save_adapter(adapter, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(tiny_model("llama"), path, is_trainable=True).eval()
-    output = theirs(input_ids=IDS).logits
+    theirs = peft.PeftModel.from_pretrained(tiny_model(family), path, is_trainable=True).eval()
+    output = said_by(theirs, kind)
     torch.testing.assert_close(output, answers(loaded), rtol=0, atol=1e-5)
     output.pow(2).mean().backward()
-    loaded.model(input_ids=IDS).logits.pow(2).mean().backward()
-    wanted = {name: value.grad for name, value in trained_by_peft(theirs).items()}
-    found = {}
-    for port, _, insert in adapter.inserts():
-        for name, value in insert.tuner.named_parameters():
-            found[f"base_model.model.{port.path}.{name.replace('.default', '')}"] = value.grad
+    mine = loaded.model(input_ids=IDS)
+    (mine.logits if "logits" in mine else mine.last_hidden_state).pow(2).mean().backward()
+    wanted, found = trained_by(theirs), trained_by(whole_of(adapter))
     assert found.keys() == wanted.keys()
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
-    with BASE.enter():
-        assert torch.equal(answers(loaded), said), "disabled is the base, bit for bit"
-    now = answers(loaded)
-    again = tiny_loaded("llama", tmp_path)
-    load_adapter(again, path)
-    assert torch.equal(answers(again), now)
-    adapter.detach()
-    assert bits(loaded.model) == before
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name].grad, value.grad, rtol=1e-4, atol=1e-5)
+    assert sorted(map(id, adapter.parameters.values())) == sorted(map(id, found.values()))
 
 
-def test_what_peft_saves_loads_here(tmp_path: Path) -> None:
-    """Kills: settings of peft's file that are lost on the way into the method."""
-    config = peft.LoHaConfig(r=3, alpha=5, target_modules="all-linear")
-    theirs = peft.get_peft_model(tiny_model("llama"), config).eval()
+@pytest.mark.parametrize(("kind", "family"), ON_LAYERS)
+def test_what_peft_saves_loads_here(kind: str, family: str, tmp_path: Path) -> None:
+    """There and back. Kills: settings of peft's file that are lost on the way into the method."""
+    theirs = fresh(kind, family)
     with torch.no_grad():
-        for value in trained_by_peft(theirs).values():
+        for value in trained_by(theirs).values():
             value.normal_(std=0.1)
-    theirs.save_pretrained(tmp_path / "theirs")
-    loaded = tiny_loaded("llama", tmp_path)
+        theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+        said = said_by(theirs, kind)
+    loaded = tiny_loaded(family, tmp_path)
     adapter = load_adapter(loaded, tmp_path / "theirs")
-    with torch.no_grad():
-        torch.testing.assert_close(answers(loaded), theirs(input_ids=IDS).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(answers(loaded), said, rtol=0, atol=1e-5)
     save_adapter(adapter, tmp_path / "back")
     old, new = (load_file(tmp_path / name / TENSORS) for name in ("theirs", "back"))
     assert old.keys() == new.keys()
     assert all(torch.equal(new[name], value) for name, value in old.items())
 
 
+@pytest.mark.parametrize("kind", TYPES)
+def test_counts_on_the_meta_device_are_those_of_the_model(kind: str) -> None:
+    """Kills: a part that is frozen on a device and trains on another."""
+    loaded = tiny_loaded("llama")
+    with torch.device("meta"):
+        model = type(loaded.model)(loaded.config)
+    bare = TinyLoaded(model, Path(), "", family_of(loaded.config), "", loaded.config)
+    wanted, found = (bridged(kind).attach(one).parameters for one in (loaded, bare))
+    assert {name: value.shape for name, value in found.items()} == {name: value.shape for name, value in wanted.items()}
+    if kind in LAYERS:
+        assert sum(value.numel() for value in wanted.values()) == fresh(kind).get_nb_trainable_parameters()[0]
+
+
 def test_bridged_and_own_adapters_act_together_and_apart() -> None:
     """Kills: peft's own switch of what is active; a port that hides the module from a second adapter."""
     loaded = tiny_loaded("llama")
-    own, other, third = LoRA(rank=2).attach(loaded, "own"), bridged("LOHA"), bridged("LOKR")
+    own, other, third = LoRA(rank=2).attach(loaded, "own"), bridged("LOHA"), bridged("VERA")
     first, second = other.attach(loaded, "first"), third.attach(loaded, "second")
     for seed, adapter in enumerate((own, first, second)):
         disturb(adapter, seed)
@@ -106,27 +118,57 @@ def test_bridged_and_own_adapters_act_together_and_apart() -> None:
         assert torch.equal(answers(loaded), told[("second",)])
 
 
-def test_a_start_depends_on_the_seed_alone() -> None:
+def test_a_start_is_made_of_the_base_whatever_stands_in_its_place() -> None:
+    """Kills: a table that looks at another adapter's trained copy (OSF begins at the weights themselves)."""
+    starts = []
+    for also in ((), ("q",)):
+        loaded = tiny_loaded("llama")
+        other = LoRA(rank=2, targets=("v",), also_train=also).attach(loaded, "other")
+        disturb(other)
+        adapter = bridged("OSF").attach(loaded, "mine")
+        starts.append(list(adapter.parameters.values()))
+    assert all(torch.equal(one, two) for one, two in zip(*starts, strict=True))
+
+
+def test_a_factor_of_the_embedding_is_applied_once(tmp_path: Path) -> None:
+    """Kills: gemma's factor on a change that has it already."""
+    loaded = tiny_loaded("gemma2", tmp_path)
+    adapter = bridged("TRAINABLE_TOKENS").attach(loaded)
+    disturb(adapter)
+    theirs = peft.PeftModel.from_pretrained(tiny_model("gemma2"), save_adapter(adapter, tmp_path / "ours")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(answers(loaded), said_by(theirs, "TRAINABLE_TOKENS"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["LOHA", "VERA", "P_TUNING"])
+def test_a_start_depends_on_the_seed_alone(kind: str) -> None:
     """Kills: initial values that depend on what was drawn before, or draws that others then miss."""
     starts = []
     for seed in (1, 1, 2):
         torch.rand(len(starts) + 1)
         state = torch.get_rng_state()
-        starts.append(list(bridged("LOHA").attach(tiny_loaded("llama"), seed=seed).parameters.values()))
+        starts.append(list(bridged(kind).attach(tiny_loaded("llama"), seed=seed).parameters.values()))
         assert torch.equal(torch.get_rng_state(), state)
     first, second, other = starts
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
-    assert not all(torch.equal(one, two) for one, two in zip(first, other, strict=True))
+    assert kind == "VERA" or not all(torch.equal(one, two) for one, two in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["LOHA", "LOKR", "OFT"])
-def test_counts_on_the_meta_device_are_those_of_the_model(kind: str) -> None:
-    loaded = tiny_loaded("llama")
-    with torch.device("meta"):
-        model = type(loaded.model)(loaded.config)
-    bare = TinyLoaded(model, Path(), "", family_of(loaded.config), "", loaded.config)
-    wanted, found = (bridged(kind).attach(one).parameters for one in (loaded, bare))
-    assert {name: value.shape for name, value in found.items()} == {name: value.shape for name, value in wanted.items()}
+@pytest.mark.parametrize("kind", [*OWN, *REFUSED])
+def test_a_type_that_is_not_bridged_is_refused_with_its_own_reason(kind: str, tmp_path: Path) -> None:
+    """Kills: one line for all of them; a traceback for a file of such a type."""
+    told = OWN[kind] if kind in OWN else REFUSED[kind][0]
+    with pytest.raises(ConfigError) as raised:
+        Peft(type=kind).check({})
+    assert kind in str(raised.value)
+    assert told in str(raised.value)
+    if kind in REFUSED:
+        (tmp_path / "adapter_config.json").write_text(f'{{"peft_type": "{kind}"}}')
+        save_adapter(LoRA().attach(tiny_loaded("llama", tmp_path)), tmp_path / "other")
+        (tmp_path / TENSORS).write_bytes((tmp_path / "other" / TENSORS).read_bytes())
+        with pytest.raises(AdapterError, match=kind) as found:
+            load_adapter(tiny_loaded("llama", tmp_path), tmp_path)
+        assert told in str(found.value)
 
 
 def test_what_cannot_be_bridged_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +179,11 @@ def test_what_cannot_be_bridged_is_told(monkeypatch: pytest.MonkeyPatch) -> None
         (Peft(type="LOHAA"), "did you mean LOHA"),
         (bridged("LOHA", rank=3), "rank"),
         (bridged("LOHA", modules_to_save=["lm_head"]), "modules_to_save is not bridged"),
+        (bridged("OFT", bias="all"), "bias is not bridged"),
+        (bridged("POLY", n_tasks=2), "one task"),
+        (bridged("MULTITASK_PROMPT_TUNING", num_tasks=2), "one task"),
+        (bridged("ADALORA", target_r=4), "target_r 4 is not below init_r 4"),
+        (bridged("TRAINABLE_TOKENS", token_indices=[999]), "index"),
         (Peft(config={"target_modules": ["nowhere"]}), "nowhere"),
         (Peft(config={"target_modules": ["embed_tokens"]}), "not supported"),
     ):
@@ -152,7 +199,7 @@ def test_what_cannot_be_bridged_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_error_of_peft_without_a_word_is_told_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kills: taking the first line of a message that has none."""
 
-    def silent(*args: object) -> None:
+    def silent(*args: Any) -> None:
         raise NotImplementedError
 
     monkeypatch.setitem(peft.PEFT_TYPE_TO_TUNER_MAPPING, peft.PeftType.LOHA, silent)

@@ -170,7 +170,7 @@ UNSUPPORTED = {
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "init_lora_weights: pissa": {"init_lora_weights": "pissa"},
     "trainable_token_indices": {"trainable_token_indices": [1, 2]},
-    "peft_type 'VERA'": {"peft_type": "VERA"},
+    "peft_type 'QUERY'": {"peft_type": "QUERY"},
     "r, lora_alpha": {"r": "many", "tunesmith_method": None},
     "pattern": {"rank_pattern": [3], "tunesmith_method": None},
     "tunesmith_method cannot be read": {"tunesmith_method": {"kind": "lora", "rank": 0}},

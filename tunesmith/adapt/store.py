@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from tunesmith.adapt.methods import METHODS
+from tunesmith.adapt.peft_bridge import REFUSED
 from tunesmith.adapt.peft_bridge import TYPES as BRIDGED
 from tunesmith.core.errors import AdapterError, ModelError
 from tunesmith.core.files import atomic_folder, canonical_json, read_json
@@ -90,7 +91,7 @@ def save_run(adapter: Adapter, folder: Path) -> Path:
 
 
 def save_adapter(adapter: Adapter, folder: Path | str) -> Path:
-    """Writes the two files of an adapter, tensors in float32; the folder appears whole or not at all.
+    """Writes the two files of an adapter, numbers in float32; the folder appears whole or not at all.
 
     A prediction head is a third file, `predict.safetensors`, with what it predicts under `tunesmith_predict`.
 
@@ -106,7 +107,7 @@ def save_adapter(adapter: Adapter, folder: Path | str) -> Path:
     }
     more, tensors = _layout(PEFT_TYPES.get(adapter.method.kind)).written(adapter)
     settings |= more
-    ready = {name: tensors[name].detach().float().cpu().contiguous() for name in sorted(tensors)}
+    ready = {name: _plain(tensors[name]) for name in sorted(tensors)}
     with atomic_folder(folder) as work:
         if adapter.head is not None:
             settings[HEAD_KEY] = save_head(adapter.head, work)
@@ -135,6 +136,9 @@ def load_adapter(loaded: Loaded, folder: Path | str, name: str = "default") -> A
     tensors = _read_tensors(folder)
     kind, own = settings.get("peft_type"), _own_method(settings, folder)
     if kind not in LAYOUTS and (own is None or kind != OWN + own.kind.upper()):
+        if kind in REFUSED:
+            why, instead = REFUSED[kind]
+            raise AdapterError(f"{kind} is not bridged: {why}", where=str(folder / CONFIG), hint=f"instead: {instead}")
         known = " ".join(LAYOUTS)
         raise AdapterError(f"peft_type {kind!r} is not known here", where=str(folder / CONFIG), hint=f"{known} are")
     with _predicting(loaded, settings, folder):
@@ -215,6 +219,12 @@ def fits(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], whe
             where=where,
             hint="is it an adapter for this very model, and are both files from the same save?",
         )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """As a file has it: whole numbers, which are places, as they are."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _own_method(settings: Mapping[str, Any], folder: Path) -> Method | None:
