@@ -27,11 +27,18 @@ if TYPE_CHECKING:
     from tunesmith.models.policy import Policy
 
 
-def states(policy: Policy, batch: Batch, run: Callable[[dict[str, Any]], Tensor]) -> Tensor:
-    """What a forward pass answers for each token: [tokens, width].
+def states(
+    policy: Policy,
+    batch: Batch,
+    run: Callable[[dict[str, Any], Tensor | None], Tensor],
+    wanted: Tensor | None = None,
+) -> Tensor:
+    """What a forward pass answers for each token, [tokens, width], or for some: [wanted, width].
 
     Args:
-        run: calls the model with inputs; answers [rows, tokens, width].
+        run: calls the model with inputs. Packed, it gets the places of the tokens that are wanted, None for all, and
+            answers [these, width]; padded it answers [rows, tokens, width].
+        wanted: int64, tokens of the batch.
 
     Raises:
         AdapterError: the policy's route is for another number of rows.
@@ -41,15 +48,26 @@ def states(policy: Policy, batch: Batch, run: Callable[[dict[str, Any]], Tensor]
     if rows and len(rows) != len(batch.lengths):
         raise AdapterError(f"the route is for {len(rows)} rows, the batch has {len(batch.lengths)}")
     if rows and not policy.packed:
-        return _apart(policy, batch, run)
+        found = _apart(policy, batch, run)
+        return found if wanted is None else found[wanted]
     room = layout(policy.model, policy.route, batch.lengths, lambda: _splits(policy, batch))
     if room is not None:
         check_positions(policy.model, room)
     wide = batch if room is None else _widened(batch, room)
+    places = _chosen(room, wanted, batch.ids.device)
     with policy.route.enter(), (_packed if policy.packed else _padded)(policy, wide, room) as inputs:
-        found = run(inputs)
-    found = found[0] if policy.packed else found[_places(wide)]
-    return found if room is None else found[room.sources(found.device)]
+        if policy.packed:
+            return run(inputs, places)
+        found = run(inputs, None)[_places(wide)]
+    return found if places is None else found[places]
+
+
+def _chosen(room: Layout | None, wanted: Tensor | None, device: torch.device) -> Tensor | None:
+    """Where the caller's tokens, or the wanted ones of them, lie in what is run; None for all as they are."""
+    if room is None:
+        return wanted
+    sources = room.sources(device)
+    return sources if wanted is None else sources[wanted]
 
 
 def documents(batch: Batch, chosen: Sequence[int]) -> tuple[Batch, Tensor]:
@@ -71,7 +89,7 @@ def documents(batch: Batch, chosen: Sequence[int]) -> tuple[Batch, Tensor]:
     return part, places
 
 
-def _apart(policy: Policy, batch: Batch, run: Callable[[dict[str, Any]], Tensor]) -> Tensor:
+def _apart(policy: Policy, batch: Batch, run: Callable[[dict[str, Any], Tensor | None], Tensor]) -> Tensor:
     """The same for rows with different adapters, each group by itself."""
     route = policy.route
     batch = replace(batch, prompts=tuple(_splits(policy, batch)))

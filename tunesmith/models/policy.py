@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.core.errors import ConfigError
-from tunesmith.models import attention, seq2seq
+from tunesmith.core.switches import on
+from tunesmith.models import attention, blocks, seq2seq
 from tunesmith.models.copies import swap_of
 from tunesmith.models.cross_entropy import Shaping, fused_losses, plain_losses, wide
 from tunesmith.models.families import setting
@@ -87,18 +88,22 @@ class Policy:
             return seq2seq.token_losses(self, batch)
         self._needs_decoder()
         if not self.family.head:
-            logits = self._own_logits(batch)[batch.sources]
+            logits = self._own_logits(batch, batch.sources)
             return nn.functional.cross_entropy(logits.to(wide(logits.dtype)), batch.targets, reduction="none")
-        hidden = self.hidden(batch)[batch.sources]
+        hidden = self.hidden(batch, batch.sources)
         with self.route.enter():
             weight, bias = self._frozen_head()
             if weight is not None:
                 return fused_losses(hidden, weight, bias, batch.targets, self.shaping)
             return plain_losses(hidden, self._head, batch.targets, self.shaping, self._owners(batch, batch.sources))
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """What the last norm gives for every token: [tokens, width], in the model's dtype."""
-        return states(self, batch, lambda inputs: self.model.base_model(**inputs).last_hidden_state)
+    def hidden(self, batch: Batch, wanted: Tensor | None = None) -> Tensor:
+        """What the last norm gives for every token, [tokens, width], in the model's dtype.
+
+        Args:
+            wanted: int64 [n], for these tokens only: [n, width].
+        """
+        return states(self, batch, self._run, wanted)
 
     def scores(self, batch: Batch) -> Tensor:
         """What prediction heads say of each document, or each labelled token; see `scores.scores`."""
@@ -108,8 +113,8 @@ class Policy:
         """Logits after some tokens: `index` int64 [n] into `batch.ids`; float32 [n, vocabulary]."""
         self._needs_decoder()
         if not self.family.head:
-            return self._own_logits(batch)[index].float()
-        hidden, owners = self.hidden(batch)[index], self._owners(batch, index)
+            return self._own_logits(batch, index).float()
+        hidden, owners = self.hidden(batch, index), self._owners(batch, index)
         with self.route.enter(), nullcontext() if owners is None else Owners(owners).enter():
             return self.shaping(self._head(hidden))
 
@@ -130,8 +135,21 @@ class Policy:
             return None, None
         return plain.weight, plain.bias
 
-    def _own_logits(self, batch: Batch) -> Tensor:
-        return states(self, batch, lambda inputs: self.model(**inputs).logits)
+    def _run(self, inputs: dict[str, Any], rows: Tensor | None) -> Tensor:
+        if self.packed and blocks.fits(self.model):
+            # rows with adapters of their own are told apart by their places in the whole
+            if on("trim") and rows is not None and not self.route.rows:
+                return blocks.hidden(self.model, inputs, rows)
+            return _picked(blocks.hidden(self.model, inputs), rows)
+        found = self.model.base_model(**inputs).last_hidden_state
+        return _picked(found[0], rows) if self.packed else found
+
+    def _own_logits(self, batch: Batch, wanted: Tensor) -> Tensor:
+        def run(inputs: dict[str, Any], rows: Tensor | None) -> Tensor:
+            found: Tensor = self.model(**inputs).logits
+            return _picked(found[0], rows) if self.packed else found
+
+        return states(self, batch, run, wanted)
 
     def _owners(self, batch: Batch, index: Tensor) -> tuple[int, ...] | None:
         """The document of each token, where documents have adapters of their own."""
@@ -156,6 +174,10 @@ def shaping_of(config: Any) -> Shaping:
         scale = 1.0 / float(setting(config, "logits_scaling") or 1.0)
     cap = setting(config, "final_logit_softcapping")
     return Shaping(float(scale), None if cap is None else float(cap))
+
+
+def _picked(found: Tensor, rows: Tensor | None) -> Tensor:
+    return found if rows is None else found[rows]
 
 
 def _article(kind: str) -> str:

@@ -1,0 +1,119 @@
+"""Every saving leaves losses and gradients as they are: all families, all methods, each switch alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conformance import CASES, REFUSED, built, model_of
+from tiny_models import disturb, tiny_batch
+from torch import Tensor
+
+from tunesmith.core.errors import ConfigError
+from tunesmith.core.switches import SAVINGS, VARIABLE, on, without
+from tunesmith.kernels.build import library
+from tunesmith.models import blocks
+from tunesmith.models.policy import Policy
+from tunesmith.models.route import Route
+
+# long enough for tiles of 16 and 32 to have edges, short enough for the sliding windows of the tiny models to matter
+BATCH = tiny_batch((37, 5, 21))
+FAMILIES = ("llama", "mistral", "qwen2", "gemma", "gpt2", "bert", "t5")
+
+
+def learnt(loaded: Any, case: str, recompute: Any = "none") -> tuple[float, dict[str, Tensor]]:
+    """A loss and its gradients with a disturbed adapter, on a model of which nothing else is asked."""
+    adapter = built(case).attach(loaded, "a", 0)
+    if case not in ("full", "lp_ft"):
+        disturb(adapter)
+    policy = Policy(loaded, Route(("a",)), recompute=recompute).train()
+    if loaded.family.kind == "encoder":
+        hidden = policy.hidden(BATCH)
+        draw = torch.Generator().manual_seed(0)
+        loss = (hidden * torch.randn(hidden.shape, generator=draw).to(hidden)).float().sum()
+    else:
+        loss = policy.token_losses(BATCH).sum()
+    loss.backward()
+    found = {name: p.grad.double() for name, p in adapter.parameters.items() if p.grad is not None}
+    return float(loss.detach()), found
+
+
+def distance(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    """Of two gradients, relative to the second one's norm."""
+    assert found.keys() == exact.keys()
+    gap = sum(float((found[name] - exact[name]).square().sum()) for name in exact)
+    return float((gap / sum(float(grad.square().sum()) for grad in exact.values())) ** 0.5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", CASES)
+def test_all_savings_together_change_nothing_in_fp32(case: str, family: str, tmp_path: Path) -> None:
+    if (case.split()[0], family) in REFUSED:
+        pytest.skip("the family refuses this method, by name: tests/test_methods.py")
+    loss, found = learnt(model_of(family, tmp_path), case)
+    with without(*SAVINGS):
+        exact_loss, exact = learnt(model_of(family, tmp_path), case)
+    assert loss == pytest.approx(exact_loss, rel=1e-6)
+    assert distance(found, exact) <= 2e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", ["lora", "full", "bitfit", "adapter"])
+def test_in_bf16_savings_are_as_near_to_exact_arithmetic_as_the_plain_path(
+    case: str, family: str, tmp_path: Path
+) -> None:
+    narrow, narrow_too = (model_of(family, tmp_path, dtype=torch.bfloat16) for _ in range(2))
+    wide = model_of(family, tmp_path, dtype=torch.float64)
+    wide.model.load_state_dict(narrow.model.state_dict())  # the numbers of all three are bfloat16's
+    exact_loss, exact = learnt(wide, case)
+    loss, found = learnt(narrow, case)
+    with without(*SAVINGS):
+        plain_loss, plain = learnt(narrow_too, case)
+    assert distance(found, exact) <= 1.25 * distance(plain, exact)
+    assert abs(loss - exact_loss) <= max(1.25 * abs(plain_loss - exact_loss), 2e-3 * abs(exact_loss))
+
+
+@pytest.mark.parametrize("saving", SAVINGS)
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_each_saving_alone_can_be_switched_off(saving: str, recompute: str, tmp_path: Path) -> None:
+    loss, found = learnt(model_of("llama", tmp_path), "lora", recompute)
+    with without(saving):
+        assert not on(saving)
+        exact_loss, exact = learnt(model_of("llama", tmp_path), "lora", recompute)
+    assert loss == pytest.approx(exact_loss, rel=1e-6)
+    assert distance(found, exact) <= 2e-6
+
+
+@pytest.mark.skipif(library() is None, reason="fused blocks need the compiled kernels, and there is no C compiler here")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_like_families_run_through_fused_blocks(family: str, tmp_path: Path) -> None:
+    loaded = model_of(family, tmp_path)
+    assert blocks.fits(loaded.model) == (family in ("llama", "mistral", "qwen2", "gemma"))
+    loaded.model.get_input_embeddings().register_forward_hook(lambda *_: None)
+    assert not blocks.fits(loaded.model)  # somebody listens
+
+
+@pytest.mark.skipif(library() is None, reason="fused blocks need the compiled kernels, and there is no C compiler here")
+def test_nothing_below_the_lowest_trainable_place_builds_a_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = model_of("llama", tmp_path)
+    adapter = built("top_layers").attach(loaded, "a", 0)
+    seen: list[bool] = []
+    plain = blocks._block
+
+    def watched(*args: Any) -> Any:
+        seen.append(args[2].requires_grad)
+        return plain(*args)
+
+    monkeypatch.setattr(blocks, "_block", watched)
+    Policy(loaded, adapter.route).token_losses(BATCH).sum().backward()
+    assert seen == [False, False]  # what goes into the lower block, and into the one that trains
+
+
+def test_a_saving_that_does_not_exist_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "attention,trimm")
+    with pytest.raises(ConfigError, match="trimm.*trim"):
+        on("attention")

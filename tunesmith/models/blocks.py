@@ -1,0 +1,155 @@
+"""The blocks of llama-like decoders in few passes over memory, with the parameters and ports of transformers' modules.
+
+The one idea: what a block computes is written here once more, so that maps that share an input are one product, a sum
+and the norm after it are one pass, and the last block works only where an answer is wanted. Whatever is not plain at a
+place (an adapter that is no low-rank change, rows with adapters of their own, a norm that trains deltas) runs through
+the module that stands there, as in transformers. `tests/test_blocks.py` holds both against each other.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.core.switches import on
+from tunesmith.kernels import elementwise
+from tunesmith.kernels.build import usable
+from tunesmith.kernels.lowrank import Again, Map, maps
+from tunesmith.models.attention import attend, is_heard
+from tunesmith.models.copies import swap_of
+from tunesmith.models.ports import Port, as_map
+from tunesmith.models.recompute import again
+
+log = logging.getLogger(__name__)
+# model class -> what is added to the gain of its norms
+_KNOWN = {"LlamaModel": 0.0, "MistralModel": 0.0, "Qwen2Model": 0.0, "GemmaModel": 1.0}
+_NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "GemmaRMSNorm"}
+_GATES = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"
+}  # fmt: skip
+
+
+def fits(model: Any) -> bool:
+    """Whether a model's blocks are known here, its tensors are such that the kernels take them, and nobody listens."""
+    base = model.base_model
+    if type(base).__name__ not in _KNOWN or _gate(model.config) is None:
+        _tell(type(base).__name__)
+        return False
+    if is_heard() or any(module._forward_hooks or module._forward_pre_hooks for module in base.modules()):
+        return False
+    return on("elementwise") and usable(model.get_input_embeddings().weight)
+
+
+def hidden(model: Any, inputs: dict[str, Any], rows: Tensor | None = None) -> Tensor:
+    """What the last norm gives: [tokens, width], or for some tokens only, [rows, width].
+
+    Args:
+        inputs: `input_ids` and `position_ids`, [1, tokens].
+        rows: int64, the tokens whose states are wanted; None for all.
+    """
+    base = model.base_model
+    x = base.embed_tokens(inputs["input_ids"])
+    cos, sin = (part[0] for part in base.rotary_emb(x, inputs["position_ids"]))
+    shape = _Shape(model.config, _KNOWN[type(base).__name__], cos.contiguous(), sin.contiguous())
+    x, beside = x[0], None
+    for number, layer in enumerate(base.layers, 1):
+        run = partial(_block, shape, layer)
+        if "forward" in layer.__dict__:  # as `recompute` has asked for
+            run = partial(again, run)
+        x, beside = run(x, beside, rows if number == len(base.layers) else None)
+    found, _, _ = _normed(shape, base.norm, x, beside)
+    return found
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What all blocks of a forward pass have in common."""
+
+    config: Any
+    offset: float
+    cos: Tensor
+    sin: Tensor
+
+
+def _block(shape: _Shape, layer: Any, x: Tensor, beside: Tensor | None, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One block: the stream and what is still to be added to it, before and after. All [tokens, width]."""
+    attention, mlp = layer.self_attn, layer.mlp
+    h, x, make = _normed(shape, layer.input_layernorm, x, beside)
+    qkv = _mapped((attention.q_proj, attention.k_proj, attention.v_proj), h, make)
+    beside = _attended(shape, attention, qkv)
+    if rows is not None:
+        x, beside = x[rows], beside[rows]
+    beside = _mapped((attention.o_proj,), beside)
+    h, x, make = _normed(shape, layer.post_attention_layernorm, x, beside)
+    both = _mapped((mlp.gate_proj, mlp.up_proj), h, make)
+    gate = partial(elementwise.gated, kind=_gate(shape.config))
+    return x, _mapped((mlp.down_proj,), gate(both), Again(gate, (both.detach(),)))
+
+
+def _attended(shape: _Shape, attention: Any, qkv: Tensor) -> Tensor:
+    """Attention of a product of q, k and v: [tokens, heads x width]."""
+    config, width = shape.config, attention.head_dim
+    q, k, v = elementwise.split_rope(
+        qkv, shape.cos, shape.sin, config.num_attention_heads, (qkv.shape[1] // width - config.num_attention_heads) // 2
+    )
+    window = getattr(attention, "sliding_window", None)
+    if type(attention).__name__ == "MistralAttention":
+        window = config.sliding_window
+    found, _ = attend(
+        attention,
+        *(part.transpose(0, 1)[None] for part in (q, k, v)),
+        None,
+        dropout=attention.attention_dropout if attention.training else 0.0,
+        scaling=attention.scaling,
+        sliding_window=window,
+    )
+    return found.reshape(len(qkv), -1)
+
+
+def _normed(shape: _Shape, module: nn.Module, x: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor, Again | None]:
+    """The norm of x + beside, that sum, and how the norm can be made again."""
+    plain = module.base if isinstance(module, Port) else module
+    acts = isinstance(module, Port) and any(True for _ in module.acting())
+    swap = swap_of(plain)
+    if acts or type(plain).__name__ not in _NORMS or (swap is not None and not swap.is_settled()):
+        x = x if beside is None else x + beside
+        return module(x), x, None
+    weight, eps = plain.weight, getattr(plain, "variance_epsilon", None) or plain.eps  # type: ignore[union-attr]
+    if beside is None:
+        found = elementwise.rms_norm(x, weight, eps, shape.offset)
+    else:
+        x, found = elementwise.add_rms_norm(x, beside, weight, eps, shape.offset)
+    make = partial(elementwise.rms_norm, eps=eps, offset=shape.offset)
+    return found, x, Again(make, (x.detach(), weight.detach()))
+
+
+def _mapped(modules: Sequence[Any], x: Tensor, make: Again | None = None) -> Tensor:
+    """What maps make of x, side by side: one product where nothing but low-rank changes acts on them."""
+    held = [as_map(module) for module in modules]
+    if any(one is None for one in held):
+        return _side_by_side([module(x) for module in modules])
+    known: list[Map] = held  # type: ignore[assignment]
+    make = make if on("remake") else None
+    if on("grouped"):
+        return maps(x, known, make)
+    return _side_by_side([maps(x, [one], make) for one in known])
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts), -1) if len(parts) > 1 else parts[0]
+
+
+def _gate(config: Any) -> str | None:
+    name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    return _GATES.get(str(name))
+
+
+@cache
+def _tell(name: str) -> None:
+    log.info("%s has no fused blocks here: it runs through the modules of transformers", name)
