@@ -20,6 +20,7 @@ from tunesmith.models.families import setting
 from tunesmith.models.places import runs
 from tunesmith.models.route import Route, Segments
 from tunesmith.models.seq2seq import prompts_of
+from tunesmith.models.shared import Compact, compacted
 from tunesmith.models.soft import Layout, check_positions, layout
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ def states(
     room = layout(policy.model, policy.route, batch.lengths, lambda: _splits(policy, batch))
     if room is not None:
         check_positions(policy.model, room)
+    compact = None if room is not None else compacted(policy, batch)
+    if compact is not None:
+        return _once(policy, batch, compact, run, wanted)
     wide = batch if room is None else _widened(batch, room)
     places = _chosen(room, wanted, batch.ids.device)
     with policy.route.enter(), (_packed if policy.packed else _padded)(policy, wide, room) as inputs:
@@ -60,6 +64,19 @@ def states(
             return run(inputs, places)
         found = run(inputs, None)[_places(wide)]
     return found if places is None else found[places]
+
+
+def _once(
+    policy: Policy,
+    batch: Batch,
+    compact: Compact,
+    run: Callable[[dict[str, Any], Tensor | None], Tensor],
+    wanted: Tensor | None,
+) -> Tensor:
+    """The same where documents share beginnings. A segment acts as a row: it has the adapters of its document."""
+    route = policy.route.select(compact.owners)
+    with route.enter(), _packed(policy, compact.part(batch), None, compact.segments) as inputs:
+        return compact.states(lambda places: run(inputs, places), wanted)
 
 
 def _chosen(room: Layout | None, wanted: Tensor | None, device: torch.device) -> Tensor | None:
@@ -119,9 +136,11 @@ def _widened(batch: Batch, room: Layout) -> Batch:
 
 
 @contextmanager
-def _packed(policy: Policy, batch: Batch, room: Layout | None) -> Iterator[dict[str, Any]]:
+def _packed(
+    policy: Policy, batch: Batch, room: Layout | None, segments: Segments | None = None
+) -> Iterator[dict[str, Any]]:
     inputs = {"input_ids": batch.ids, "position_ids": batch.positions + _offset(policy), **_types(policy, batch)}
-    with _holes(room, packed=True, like=batch.ids), Segments(batch.lengths).enter():
+    with _holes(room, packed=True, like=batch.ids), (segments or Segments(batch.lengths)).enter():
         yield {**{name: values[None] for name, values in inputs.items()}, **_flags(policy)}
 
 
