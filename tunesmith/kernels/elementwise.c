@@ -6,7 +6,6 @@
 
 #include "vectors.h"
 
-#define EACH(i, width) for (long i = 0; i < (width); i += LANES)
 #define ROWS _Pragma("omp parallel for num_threads(threads) schedule(static)")
 /* A body for each dtype, so that the dtype is a constant inside. */
 #define BY_DTYPE(call) do { if (dtype) { enum { D = 1 }; call; } else { enum { D = 0 }; call; } } while (0)
@@ -23,22 +22,17 @@ static inline void *row_of(const void *matrix, long at, int dtype) {
 INLINE float norm_row(const char *x, const char *r, const char *weight, char *s, char *y, long width, float eps,
                       float offset, const int dtype, const int weight_dtype) {
     floats squares = {};
-    EACH(i, width) {
-        const long n = ends(i, width);
+    EACH(width, {
         floats v = load(x, i, n, dtype);
-        if (r) {
-            v = rounded(v + load(r, i, n, dtype), dtype);
-            store(s, i, n, v, dtype);
-        }
+        if (r) v = store(s, i, n, v + load(r, i, n, dtype), dtype);
         squares += v * v;
-    }
+    });
     const float inverse = 1.0f / sqrtf(sum_of(squares) / (float)width + eps);
     const char *held = r ? s : x;
-    EACH(i, width) {
-        const long n = ends(i, width);
+    EACH(width, {
         const floats w = load(weight, i, n, weight_dtype) + offset;
         store(y, i, n, load(held, i, n, dtype) * inverse * w, dtype);
-    }
+    });
     return inverse;
 }
 
@@ -55,20 +49,18 @@ void ts_rms_norm(const void *x, const void *r, const void *weight, void *s, void
 INLINE void norm_back_row(const char *dy, const char *x, const char *weight, float inverse, const char *ds, char *dx,
                           float *dweight, long width, float offset, const int dtype, const int weight_dtype) {
     floats products = {};
-    EACH(i, width) {
-        const long n = ends(i, width);
+    EACH(width, {
         const floats w = load(weight, i, n, weight_dtype) + offset;
         products += load(dy, i, n, dtype) * w * load(x, i, n, dtype);
-    }
+    });
     const float along = inverse * inverse * inverse * (sum_of(products) / (float)width);
-    EACH(i, width) {
-        const long n = ends(i, width);
+    EACH(width, {
         const floats v = load(x, i, n, dtype), g = load(dy, i, n, dtype) * inverse;
         floats d = g * (load(weight, i, n, weight_dtype) + offset) - v * along;
         if (ds) d += load(ds, i, n, dtype);
         store(dx, i, n, d, dtype);
         if (dweight) store(dweight, i, n, load(dweight, i, n, 0) + g * v, 0);
-    }
+    });
 }
 
 /* dweight: null, or [blocks, width] zeros: each block of rows sums into its own, whichever thread has it. */
@@ -85,28 +77,28 @@ void ts_rms_norm_back(const void *dy, const void *x, const void *weight, const f
     }
 }
 
-/* One head turned: first half a, second half b of its first `turned` columns; what is beyond is copied. */
-INLINE void turn(const char *from, char *to, const char *cosines, const char *sines, long turned, long width,
-                 const int back, const int dtype, const int table_dtype) {
+/* Heads turned: first half a, second half b of the first `turned` columns of each; what is beyond is copied. */
+INLINE void turn(const char *from, char *to, long heads, const char *cosines, const char *sines, long turned,
+                 long width, const int back, const int dtype, const int table_dtype) {
     const long half = turned / 2;
-    EACH(i, half) {
-        const long n = ends(i, half), j = half + i;
-        const floats a = load(from, i, n, dtype), b = load(from, j, n, dtype);
-        const floats ca = load(cosines, i, n, table_dtype), cb = load(cosines, j, n, table_dtype);
-        const floats sa = load(sines, i, n, table_dtype), sb = load(sines, j, n, table_dtype);
-        store(to, i, n, back ? a * ca + b * sb : a * ca - b * sa, dtype);
-        store(to, j, n, back ? b * cb - a * sa : b * cb + a * sb, dtype);
-    }
-    if (turned < width) memcpy(row_of(to, turned, dtype), row_of(from, turned, dtype), (width - turned) * (dtype ? 2 : 4));
+    EACH(half, {
+        const floats ca = load(cosines, i, n, table_dtype), cb = load(cosines, half + i, n, table_dtype);
+        const floats sa = load(sines, i, n, table_dtype), sb = load(sines, half + i, n, table_dtype);
+        for (long at = i; at < heads * width; at += width) {
+            const floats a = load(from, at, n, dtype), b = load(from, half + at, n, dtype);
+            store(to, at, n, back ? a * ca + b * sb : a * ca - b * sa, dtype);
+            store(to, half + at, n, back ? b * cb - a * sa : b * cb + a * sb, dtype);
+        }
+    });
+    if (turned == width) return;
+    for (long at = turned; at < heads * width; at += width)
+        memcpy(row_of(to, at, dtype), row_of(from, at, dtype), (width - turned) * (dtype ? 2 : 4));
 }
 
 INLINE void rope_row(char *joined, char *part, long heads, const char *cosines, const char *sines, long turned,
-                     long width, const int back, const int dtype, const int table_dtype) {
-    for (long head = 0; head < heads; head++) {
-        char *a = row_of(joined, head * width, dtype), *b = row_of(part, head * width, dtype);
-        if (back) turn(b, a, cosines, sines, turned, width, 1, dtype, table_dtype);
-        else turn(a, b, cosines, sines, turned, width, 0, dtype, table_dtype);
-    }
+                     long width, int back, const int dtype, const int table_dtype) {
+    if (back) turn(part, joined, heads, cosines, sines, turned, width, 1, dtype, table_dtype);
+    else turn(joined, part, heads, cosines, sines, turned, width, 0, dtype, table_dtype);
 }
 
 /* Forward from joined [rows, (heads + 2 kv_heads) width] to q, k and v; backward from their gradients to its. */
@@ -144,21 +136,19 @@ INLINE floats activated(floats x, floats *slope, const int kind) {
 
 INLINE void gated_row(const char *gate, const char *up, char *y, long width, const int kind, const int dtype) {
     floats slope;
-    EACH(i, width) {
-        const long n = ends(i, width);
+    EACH(width, {
         store(y, i, n, activated(load(gate, i, n, dtype), &slope, kind) * load(up, i, n, dtype), dtype);
-    }
+    });
 }
 
 INLINE void gated_back_row(const char *dy, const char *gate, const char *up, char *dgate, char *dup, long width,
                            const int kind, const int dtype) {
     floats slope;
-    EACH(i, width) {
-        const long n = ends(i, width);
+    EACH(width, {
         const floats d = load(dy, i, n, dtype), a = activated(load(gate, i, n, dtype), &slope, kind);
         store(dgate, i, n, d * load(up, i, n, dtype) * slope, dtype);
         store(dup, i, n, d * a, dtype);
-    }
+    });
 }
 
 #define BY_KIND(call)                                                                           \

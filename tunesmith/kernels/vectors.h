@@ -47,18 +47,30 @@ INLINE floats smaller(floats a, floats b) {
 INLINE floats magnitude(floats x) { return (floats)((words)x & 0x7fffffffu); }
 
 INLINE float sum_of(floats x) { /* always in the same order */
+#ifdef WIDE_REGISTERS
+    return _mm512_reduce_add_ps((__m512)x);
+#endif
     for (int step = LANES / 2; step; step /= 2)
         for (int i = 0; i < step; i++) x[i] += x[i + step];
     return x[0];
 }
 
 INLINE float largest_of(floats x) {
+#ifdef WIDE_REGISTERS
+    return _mm512_reduce_max_ps((__m512)x);
+#endif
     for (int step = LANES / 2; step; step /= 2)
         for (int i = 0; i < step; i++) x[i] = x[i] > x[i + step] ? x[i] : x[i + step];
     return x[0];
 }
 
-INLINE floats widened(halves x) { return (floats)(__builtin_convertvector(x, words) << 16); }
+INLINE floats widened(halves x) {
+#ifdef WIDE_REGISTERS
+    return (floats)((words)_mm512_cvtepu16_epi32((__m256i)x) << 16);
+#else
+    return (floats)(__builtin_convertvector(x, words) << 16);
+#endif
+}
 
 INLINE halves narrowed(floats x) { /* to nearest, ties to even; NaN stays NaN */
 #if defined(WIDE_REGISTERS) && defined(__AVX512BF16__)
@@ -70,42 +82,54 @@ INLINE halves narrowed(floats x) { /* to nearest, ties to even; NaN stays NaN */
 #endif
 }
 
-INLINE floats rounded(floats x, const int dtype) { return dtype ? widened(narrowed(x)) : x; }
-
-INLINE long ends(long begin, long end) { return end - begin < LANES ? end - begin : LANES; }
+/* The body for every sixteen of `width`, with `i` where they begin and `n` how many there are: a constant but for the
+   last, so that only the end of a row pays for masks. */
+#define EACH(width, ...)                                                                              \
+    do {                                                                                              \
+        long i = 0;                                                                                   \
+        for (; i + LANES <= (width); i += LANES) { enum { n = LANES }; __VA_ARGS__ }                  \
+        if (i < (width)) { const long n = (width) - i; __VA_ARGS__ }                                  \
+    } while (0)
 
 INLINE floats load(const void *from, long at, long lanes, const int dtype) {
-#ifdef WIDE_REGISTERS
-    const __mmask16 mask = (__mmask16)((1u << lanes) - 1u);
-    if (dtype) return widened((halves)_mm256_maskz_loadu_epi16(mask, (const uint16_t *)from + at));
-    return (floats)_mm512_maskz_loadu_ps(mask, (const float *)from + at);
-#else
     floats x = {};
     halves h = {};
-    if (dtype) {
-        if (lanes == LANES) memcpy(&h, (const uint16_t *)from + at, sizeof h);
-        else for (long i = 0; i < lanes; i++) h[i] = ((const uint16_t *)from)[at + i];
-        return widened(h);
-    }
-    if (lanes == LANES) memcpy(&x, (const float *)from + at, sizeof x);
-    else for (long i = 0; i < lanes; i++) x[i] = ((const float *)from)[at + i];
-    return x;
+    if (__builtin_constant_p(lanes) && lanes == LANES) {
+        if (dtype) memcpy(&h, (const uint16_t *)from + at, sizeof h);
+        else memcpy(&x, (const float *)from + at, sizeof x);
+    } else {
+#ifdef WIDE_REGISTERS
+        const __mmask16 mask = (__mmask16)((1u << lanes) - 1u);
+        if (dtype) h = (halves)_mm256_maskz_loadu_epi16(mask, (const uint16_t *)from + at);
+        else x = (floats)_mm512_maskz_loadu_ps(mask, (const float *)from + at);
+#else
+        for (long i = 0; i < lanes; i++) {
+            if (dtype) h[i] = ((const uint16_t *)from)[at + i];
+            else x[i] = ((const float *)from)[at + i];
+        }
 #endif
+    }
+    return dtype ? widened(h) : x;
 }
 
-INLINE void store(void *to, long at, long lanes, floats x, const int dtype) {
+INLINE floats store(void *to, long at, long lanes, floats x, const int dtype) { /* returns what memory then holds */
+    const halves h = dtype ? narrowed(x) : (halves){};
+    if (__builtin_constant_p(lanes) && lanes == LANES) {
+        if (dtype) memcpy((uint16_t *)to + at, &h, sizeof h);
+        else memcpy((float *)to + at, &x, sizeof x);
+    } else {
 #ifdef WIDE_REGISTERS
-    const __mmask16 mask = (__mmask16)((1u << lanes) - 1u);
-    if (dtype) _mm256_mask_storeu_epi16((uint16_t *)to + at, mask, (__m256i)narrowed(x));
-    else _mm512_mask_storeu_ps((float *)to + at, mask, (__m512)x);
+        const __mmask16 mask = (__mmask16)((1u << lanes) - 1u);
+        if (dtype) _mm256_mask_storeu_epi16((uint16_t *)to + at, mask, (__m256i)h);
+        else _mm512_mask_storeu_ps((float *)to + at, mask, (__m512)x);
 #else
-    if (dtype) {
-        halves h = narrowed(x);
-        if (lanes == LANES) memcpy((uint16_t *)to + at, &h, sizeof h);
-        else for (long i = 0; i < lanes; i++) ((uint16_t *)to)[at + i] = h[i];
-    } else if (lanes == LANES) memcpy((float *)to + at, &x, sizeof x);
-    else for (long i = 0; i < lanes; i++) ((float *)to)[at + i] = x[i];
+        for (long i = 0; i < lanes; i++) {
+            if (dtype) ((uint16_t *)to)[at + i] = h[i];
+            else ((float *)to)[at + i] = x[i];
+        }
 #endif
+    }
+    return dtype ? widened(h) : x;
 }
 
 /* e^x to 1 unit in the last place; inf, 0 and NaN as they should be. x = n ln 2 + r; the polynomial is minimax. */
@@ -127,10 +151,20 @@ INLINE floats exp_of(floats x) {
 #endif
 }
 
-INLINE floats sigmoid_of(floats x) { return 1.0f / (1.0f + exp_of(-x)); }
+/* 1 / x for x >= 1, to 1 unit in the last place; 0 beyond 1e38. A division would take as long as all the rest. */
+INLINE floats inverse_of(floats x) {
+#ifdef WIDE_REGISTERS
+    const __m512 near = _mm512_rcp14_ps((__m512)x), left = _mm512_fnmadd_ps((__m512)x, near, _mm512_set1_ps(2.0f));
+    return (floats)_mm512_maskz_mul_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(1e38f), _CMP_NGE_UQ), near, left);
+#else
+    return 1.0f / x;
+#endif
+}
+
+INLINE floats sigmoid_of(floats x) { return inverse_of(1.0f + exp_of(-x)); }
 
 INLINE floats tanh_of(floats x) { /* a minimax polynomial where 1 - 2 / (e^2x + 1) would lose digits */
-    const floats s = x * x, a = magnitude(x), far = 1.0f - 2.0f / (exp_of(a + a) + 1.0f);
+    const floats s = x * x, a = magnitude(x), far = 1.0f - 2.0f * inverse_of(exp_of(a + a) + 1.0f);
     floats p = s * 2.164201112e-3f - 8.200067095e-3f;
     p = p * s + 2.170966007e-2f;
     p = p * s - 5.394836143e-2f;
@@ -143,7 +177,7 @@ INLINE floats tanh_of(floats x) { /* a minimax polynomial where 1 - 2 / (e^2x + 
 /* The normal distribution's density and its integral up to x; minus |x| is e^(-x^2 / 2) times a smooth function of
    1 / (1 + 0.3 |x|), of which this is the minimax polynomial up to 14, where float32 ends. */
 INLINE floats normal_of(floats x, floats *density) {
-    const floats a = magnitude(x), h = a * a, bell = exp_of(-0.5f * h), t = 1.0f / (1.0f + 0.3f * a);
+    const floats a = magnitude(x), h = a * a, bell = exp_of(-0.5f * h), t = inverse_of(1.0f + 0.3f * a);
     floats p = t * 3.837827966e-2f - 1.691660583e-1f;
     p = p * t + 2.286599874e-1f;
     p = p * t - 7.650636882e-2f;
