@@ -48,9 +48,9 @@ def bridged(kind: str, family: str = "llama", **more: Any) -> Peft:
     return Peft(type=kind, config={**places, **SIZES.get(kind, {}), **more})
 
 
-def fresh(kind: str, family: str = "llama") -> Any:
+def fresh(kind: str, family: str = "llama", **more: Any) -> Any:
     """peft's own model of a case."""
-    own = bridged(kind, family).config | ({"total_step": 9} if kind == "ADALORA" else {})
+    own = ({"total_step": 9} if kind == "ADALORA" else {}) | bridged(kind, family, **more).config
     encoder = {"task_type": "FEATURE_EXTRACTION"} if kind in ENCODERS else {}
     task = encoder if family == "bert" else {"task_type": TASKS["decoder"]}
     config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)](**own, **task)

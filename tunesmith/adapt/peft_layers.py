@@ -17,11 +17,12 @@ import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tunesmith.adapt.peft_config import NAME, as_config_error, as_json, made, method_of, seed_of, stored
 from tunesmith.core.errors import AdapterError, ConfigError
 from tunesmith.core.rng import seed_for
-from tunesmith.models.copies import settle
+from tunesmith.models.copies import base_parameter, settle
 from tunesmith.models.ports import INSERTS, Insert, Port, port_kind, ports
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 # types that look at values to find shapes: on the meta device they get some of their own
 _LOOK = ("FROD", "SHIRA")
+# whose forward asks for values or for sparse tensors, by their modules in peft
+_NO_TRACE = ("frod", "poly", "shira", "waveft")
 
 
 class Layer(Insert):
@@ -41,6 +44,7 @@ class Layer(Insert):
     Attributes:
         tuner: the layer; the module that it stands for is not among its submodules.
         shared: what all layers of the adapter share and none holds; at the first.
+        owned: names of what trains here and at no layer before.
         whole: peft's model around the skeleton, for files; the same for all layers of the adapter.
     """
 
@@ -50,15 +54,17 @@ class Layer(Insert):
         super().__init__(method, {}, None, 1.0)
         self.tuner, self.shared = tuner, nn.ModuleDict()
         self.__dict__["whole"] = whole
-        self.owned: dict[str, nn.Parameter] = {}
+        self.owned: set[str] = set()
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """What trains here and at no layer before."""
-        return self.owned
+        """What is owned."""
+        return {name: value for name, value in self.named_parameters() if name in self.owned}
 
     def answer(self, x: Tensor) -> Tensor:
         """What the layer says of x, instead of its module."""
         kind = type(self.tuner).__module__.split(".")[-2]
+        if kind in _NO_TRACE and isinstance(x, FakeTensor):
+            return self._imitated(x)
         if kind == "poly":  # a batch of one row, which is of the only task
             rows = x.reshape(1, -1, x.shape[-1])
             said: Tensor = self.tuner(rows, task_ids=torch.zeros(1, dtype=torch.int64, device=x.device))
@@ -68,6 +74,15 @@ class Layer(Insert):
             return torch.func.functional_call(self.tuner, cast, (x,))
         said = self.tuner(x)
         return said
+
+    def _imitated(self, x: Tensor) -> Tensor:
+        """For a plan, which has shapes and no values: a change of the whole map, which is no less work than theirs."""
+        weight: Tensor | None = base_parameter(self.port.base)
+        bias = base_parameter(self.port.base, "bias")
+        assert weight is not None
+        for value in self.trained().values():
+            weight = weight + value.sum()
+        return nn.functional.linear(x, weight if port_kind(self.port.base) == "linear" else weight.T, bias)
 
     def added(self, x: Tensor, y: Tensor, factor: Tensor | None = None) -> Tensor:
         """The output with the delta in it, which an embedding's own factor is in already."""
@@ -242,14 +257,14 @@ def _own(adapter: Adapter) -> None:
             if isinstance(held := getattr(layer.tuner, key, None), nn.Module)
             for value in held.parameters()
         }
-        layer.owned = {}
+        layer.owned = set()
         for path, value in layer.named_parameters():
             value.data = value.data.float()
             if id(value) in fixed:
                 value.requires_grad_(False)
             elif value.requires_grad and id(value) not in seen:
                 seen.add(id(value))
-                layer.owned[path] = value
+                layer.owned.add(path)
 
 
 def _tensors(whole: Any) -> dict[str, Tensor]:
