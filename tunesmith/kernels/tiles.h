@@ -65,13 +65,24 @@ static inline void tiles_zero(void) {
 /* accumulators += A B over `steps` steps, for 16 or 32 rows (`high`: 32) and 16 or 32 columns (`wide`: 32).
    a: the first row; `stride` bytes from row to row, `half` bytes from row 0 to row 16, `ahead` bytes from step to step:
    a packed panel has (64, 1024, 2048), a row-major matrix of row stride s bytes read in place (s, 16 * s, 64).
-   b: a packed panel. */
-static inline __attribute__((always_inline)) void tiles_multiply(const void *a, size_t stride, size_t half,
-                                                                 size_t ahead, const void *b, long steps, int high,
-                                                                 int wide) {
+   b: a packed panel. `passing`: b comes from the second cache and shall not drive a out of the first. */
+static inline __attribute__((always_inline)) void tiles_multiply_from(const void *a, size_t stride, size_t half,
+                                                                      size_t ahead, const void *b, long steps,
+                                                                      int high, int wide, int passing) {
     const char *pa = a, *pb = b;
     TILES_FENCE();
-    if (high && wide)
+    if (high && wide && passing)
+        for (long s = 0; s < steps; s++, pa += ahead, pb += TILE_STEP) {
+            _tile_stream_loadd(6, pb, 64);
+            _tile_loadd(4, pa, stride);
+            _tile_stream_loadd(7, pb + 1024, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(5, pa + half, stride);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    else if (high && wide)
         for (long s = 0; s < steps; s++, pa += ahead, pb += TILE_STEP) {
             _tile_loadd(6, pb, 64);
             _tile_loadd(4, pa, stride);
@@ -100,6 +111,12 @@ static inline __attribute__((always_inline)) void tiles_multiply(const void *a, 
                 _tile_dpbf16ps(2, 5, 6);
             }
         }
+}
+
+static inline __attribute__((always_inline)) void tiles_multiply(const void *a, size_t stride, size_t half,
+                                                                 size_t ahead, const void *b, long steps, int high,
+                                                                 int wide) {
+    tiles_multiply_from(a, stride, half, ahead, b, steps, high, wide, 0);
 }
 
 /* The accumulators from c, a row-major block of 32 x 32 floats with `row` floats from row to row: to go on adding. */
