@@ -115,5 +115,5 @@ def test_nothing_below_the_lowest_trainable_place_builds_a_graph(
 
 def test_a_saving_that_does_not_exist_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "attention,trimm")
-    with pytest.raises(ConfigError, match="trimm.*trim"):
+    with pytest.raises(ConfigError, match=r"trimm.*trim"):
         on("attention")

@@ -14,13 +14,17 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from tunesmith.core.context import holding
 from tunesmith.core.files import cache_folder
 
 log = logging.getLogger(__name__)
@@ -48,20 +52,78 @@ def library() -> ctypes.CDLL | None:
 
 
 def usable(*tensors: Tensor | None) -> bool:
-    """Whether the kernels can take these: dense CPU tensors in float32 or bfloat16 that nobody traces."""
-    if _get_current_dispatch_mode_stack() or torch.compiler.is_compiling():
-        return False
+    """Whether the kernels can take these: dense CPU tensors in float32 or bfloat16 with data, or a plan's stand-ins."""
     held = [tensor for tensor in tensors if tensor is not None]
-    plain = all(type(t) in _DENSE and t.device.type == "cpu" and t.dtype in DTYPES for t in held)
-    return plain and torch._C._functorch.peek_interpreter_stack() is None and library() is not None
+    if any(tensor.device.type != "cpu" or tensor.dtype not in DTYPES for tensor in held) or library() is None:
+        return False
+    if imitating():
+        from torch._subclasses.fake_tensor import FakeTensor  # slow to import, and here already
+
+        return all(isinstance(tensor, FakeTensor) for tensor in held)
+    traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    return not traced and all(type(tensor) in _DENSE for tensor in held)
 
 
 _DENSE = (Tensor, torch.nn.Parameter)
+_work: ContextVar[Callable[[int], None] | None] = ContextVar("tunesmith_work", default=None)
+_imitating: ContextVar[bool] = ContextVar("tunesmith_imitating", default=False)
+
+
+@contextmanager
+def imitated() -> Iterator[None]:
+    """Lets kernels take tensors without data: they make their results and do nothing to them, for a plan."""
+    with holding(_imitating, True):
+        yield
+
+
+def imitating() -> bool:
+    """Whether kernels have nothing to do; see `imitated`."""
+    return _imitating.get()
+
+
+@contextmanager
+def counted(add: Callable[[int], None]) -> Iterator[None]:
+    """Tells `add` of the work of kernels within, in floating-point operations of products and attention."""
+    with holding(_work, add):
+        yield
+
+
+def worked(flops: int) -> None:
+    """Tells who counts that a kernel has done so much."""
+    add = _work.get()
+    if add is not None:
+        add(flops)
+
+
+class Functions:
+    """C functions of the library, by name, each with what it takes: p a pointer, l a long, f a float, i an int.
+
+    While a plan is made they do nothing.
+    """
+
+    def __init__(self, **taken: str) -> None:
+        self._taken = taken
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return _nothing if imitating() else self._declared[name]
+
+    @cached_property
+    def _declared(self) -> dict[str, Callable[..., None]]:
+        held = library()
+        assert held is not None  # `usable` was asked before
+        kinds = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
+        for name, letters in self._taken.items():
+            getattr(held, name).argtypes = [kinds[letter] for letter in letters]
+            getattr(held, name).restype = None
+        return {name: getattr(held, name) for name in self._taken}
+
+
+def _nothing(*_: Any) -> None: ...
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     """Where a tensor's data begins; null for none."""
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+    return ctypes.c_void_p(None if tensor is None or imitating() else tensor.data_ptr())
 
 
 def threads() -> int:

@@ -1,4 +1,4 @@
-"""Norms, rotary positions and gated activations: one pass over memory each, forward and backward, and plain twins.
+"""Norms, rotary positions, gated activations and cross-entropy: few passes over memory, and plain twins.
 
 Inside, everything is float32; results are rounded once. What the backward keeps is named with each function. Where
 the kernels cannot run (elementwise.c; another device, a dtype they lack, a tracer) the plain twins do.
@@ -6,8 +6,6 @@ the kernels cannot run (elementwise.c; another device, a dtype they lack, a trac
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tunesmith.core.switches import on
-from tunesmith.kernels.build import DTYPES, library, pointer, threads, usable
+from tunesmith.kernels.build import DTYPES, Functions, pointer, threads, usable
 
 KINDS = ("silu", "gelu_tanh", "gelu")
 BLOCKS = 16  # blocks of rows that sum a weight's gradient apart: fixed, so that no result depends on the threads
@@ -110,6 +108,55 @@ def plain_gated(gu: Tensor, kind: str) -> Tensor:
     if kind == "silu":
         return functional.silu(gate) * up
     return functional.gelu(gate, approximate={"gelu_tanh": "tanh", "gelu": "none"}[kind]) * up
+
+
+def cross_entropy_(
+    logits: Tensor, targets: Tensor, scale: float = 1.0, cap: float | None = None, *, gradient: bool = True
+) -> Tensor:
+    """Negative log-likelihoods of the targets; the logits become the gradient of their sum, in place.
+
+    Args:
+        logits: [rows, vocabulary], contiguous: the raw product of states and head. Nothing is recorded for autograd.
+        targets: int64 [rows].
+        scale, cap: logits are scale x product, and then cap x tanh(logit / cap) where there is a cap.
+        gradient: whether it is wanted; without it the logits are left as they are, or not, as it comes.
+
+    Returns:
+        [rows], float32 (float64 for logits in float64).
+
+    Raises:
+        IndexError: a target is no row of the vocabulary.
+    """
+    if not (_ours(logits) and logits.is_contiguous()):
+        return plain_cross_entropy_(logits, targets, scale, cap, gradient=gradient)
+    rows, width = logits.shape
+    if rows and not 0 <= int(targets.min()) <= int(targets.max()) < width:
+        raise IndexError(f"targets must be in [0, {width})")
+    losses = torch.empty(rows, dtype=torch.float32)
+    powers = torch.empty(threads(), width)
+    _kernels().ts_cross_entropy(
+        pointer(logits), pointer(targets.contiguous()), pointer(losses), pointer(powers),
+        rows, width, scale, cap or 0.0, gradient, DTYPES[logits.dtype], threads(),
+    )  # fmt: skip
+    return losses
+
+
+def plain_cross_entropy_(
+    logits: Tensor, targets: Tensor, scale: float = 1.0, cap: float | None = None, *, gradient: bool = True
+) -> Tensor:
+    """The plain twin of `cross_entropy_`."""
+    shaped = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
+    if cap is not None:
+        shaped = cap * torch.tanh(shaped / cap)
+    total, wanted = torch.logsumexp(shaped, -1), targets[:, None]
+    losses = total - shaped.gather(1, wanted)[:, 0]
+    if gradient:
+        pull = torch.exp(shaped - total[:, None])
+        pull.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=pull.dtype))
+        if cap is not None:
+            pull *= 1 - (shaped / cap).square()
+        logits.copy_(pull * scale)
+    return losses
 
 
 def _ours(*tensors: Tensor) -> bool:
@@ -236,16 +283,8 @@ class _Gated(torch.autograd.Function):
         return dgu, None
 
 
-@cache
-def _kernels() -> ctypes.CDLL:
-    """The library, told what its functions take: p a pointer, l a long, f a float, i an int."""
-    held = library()
-    assert held is not None  # usable() says so
-    kinds = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
-    for name, taken in _TAKEN.items():
-        function = getattr(held, name)
-        function.argtypes, function.restype = [kinds[letter] for letter in taken], None
-    return held
+def _kernels() -> Functions:
+    return _FUNCTIONS
 
 
 _TAKEN = {
@@ -254,4 +293,6 @@ _TAKEN = {
     "ts_split_rope": "pppppp" "lllll" "i" "iii",
     "ts_gated": "pp" "ll" "i" "ii",
     "ts_gated_back": "ppp" "ll" "i" "ii",
+    "ts_cross_entropy": "pppp" "ll" "ff" "iii",
 }  # fmt: skip
+_FUNCTIONS = Functions(**_TAKEN)

@@ -101,9 +101,12 @@ def _attended(shape: _Shape, attention: Any, qkv: Tensor) -> Tensor:
     window = getattr(attention, "sliding_window", None)
     if type(attention).__name__ == "MistralAttention":
         window = config.sliding_window
+    q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
     found, _ = attend(
         attention,
-        *(part.transpose(0, 1)[None] for part in (q, k, v)),
+        q,
+        k,
+        v,
         None,
         dropout=attention.attention_dropout if attention.training else 0.0,
         scaling=attention.scaling,
@@ -114,13 +117,13 @@ def _attended(shape: _Shape, attention: Any, qkv: Tensor) -> Tensor:
 
 def _normed(shape: _Shape, module: nn.Module, x: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor, Again | None]:
     """The norm of x + beside, that sum, and how the norm can be made again."""
-    plain = module.base if isinstance(module, Port) else module
+    plain: Any = module.base if isinstance(module, Port) else module
     acts = isinstance(module, Port) and any(True for _ in module.acting())
     swap = swap_of(plain)
     if acts or type(plain).__name__ not in _NORMS or (swap is not None and not swap.is_settled()):
         x = x if beside is None else x + beside
         return module(x), x, None
-    weight, eps = plain.weight, getattr(plain, "variance_epsilon", None) or plain.eps  # type: ignore[union-attr]
+    weight, eps = plain.weight, getattr(plain, "variance_epsilon", None) or plain.eps
     if beside is None:
         found = elementwise.rms_norm(x, weight, eps, shape.offset)
     else:

@@ -14,6 +14,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+from tunesmith.core.context import holding
 from tunesmith.core.errors import AdapterError
 
 
@@ -221,13 +222,3 @@ def _again(values: Sequence[tuple[ContextVar[Any], Any]]) -> Iterator[None]:
         for variable, value in values:
             stack.enter_context(holding(variable, value))
         yield
-
-
-@contextmanager
-def holding(variable: ContextVar[Any], value: Any) -> Iterator[None]:
-    """Gives a context variable a value for the block."""
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)

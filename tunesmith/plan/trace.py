@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from tunesmith.core.problem import ProblemKind
 from tunesmith.core.types import Batch
+from tunesmith.kernels.build import counted, imitated
 
 aten = torch.ops.aten
 
@@ -66,6 +67,11 @@ class LiveStorages(TorchDispatchMode):
         if produced and not func.is_view:
             self._work(func, args, kwargs, out, produced)
         return out
+
+    def add_flops(self, flops: int) -> None:
+        """Counts work of a kernel that is no operation of torch's."""
+        self.flops += flops
+        self.operations += 1
 
     def release(self, tensor: Tensor) -> None:
         """Counts a storage apart from now on: a gradient that has become one."""
@@ -138,14 +144,14 @@ def trace(
     The model may be on meta or hold data; it is as before afterwards. `loss` gives a scalar. A device other than
     the CPU is not imitated: kernels that save other tensors there will differ.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, _as_if_on_cpu(model, fake):
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, _as_if_on_cpu(model, fake), imitated():
         batch = sample_batch(lengths, supervised_share, predicts)
         return measure(model, lambda: loss(batch), sum(lengths))
 
 
 def measure(model: nn.Module, loss: Callable[[], Tensor], tokens: int) -> Traced:
     """Counts one forward and backward where the model is, data or not; leaves gradients as backward does."""
-    with LiveStorages() as live:
+    with LiveStorages() as live, counted(live.add_flops):
         hooks = [
             parameter.register_post_accumulate_grad_hook(lambda found: _release(live, found.grad))
             for parameter in model.parameters()
