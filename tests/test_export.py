@@ -81,6 +81,27 @@ def test_adapters_that_are_attached_leave_no_trace(tmp_path):
     save_gguf(loaded, tmp_path / "model.gguf")
 
 
+@pytest.mark.usefixtures("own_cache")
+def test_biases_that_the_base_has_not_are_exported(tmp_path, caplog):
+    """Kills: a config without the switch, or a file whose reader drops biases and nobody says so."""
+    from tunesmith.adapt.bitfit import BitFit
+    from tunesmith.adapt.merge import merge
+
+    loaded = load(tiny_folder(tmp_path / "base"))
+    adapter = BitFit().attach(loaded)
+    with torch.no_grad():
+        for value in adapter.parameters.values():
+            value.normal_(std=0.3)
+    acting = outputs(loaded.model, "llama")
+    merge(loaded, adapter.name)
+    folder = save_merged(loaded, tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert (plain.config.attention_bias, plain.config.mlp_bias) == (True, True)
+    for model in (plain, load(folder).model, load(save_gguf(loaded, tmp_path / "model.gguf", dtype="f32")).model):
+        torch.testing.assert_close(outputs(model, "llama"), acting, rtol=0, atol=1e-5)
+    assert "transformers leaves them out" in caplog.text
+
+
 def test_saving_says_nothing_of_its_own(tmp_path, capfd):
     """Kills: transformers' bar of shards between our lines."""
     loaded = load(tiny_folder(tmp_path / "base", "llama"))

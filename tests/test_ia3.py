@@ -109,12 +109,18 @@ def test_merged_is_unmerged_where_outputs_have_no_bias() -> None:
     torch.testing.assert_close(answers(inner), said, rtol=0, atol=1e-5)
 
 
-def test_a_scaled_bias_cannot_be_merged_and_says_so() -> None:
-    """Kills: a merge that scales the weight and leaves the bias behind."""
-    loaded = tiny_loaded("gpt2")
-    disturb(IA3(targets=("k",)).attach(loaded))
-    with pytest.raises(AdapterError, match="ia3 is no change of weights"):
-        merge(loaded, "default")
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "bert"])
+def test_a_scaled_bias_is_merged_with_its_weight(family: str) -> None:
+    """Kills: a merge that scales the weight and leaves the bias behind, or the bias of other rows."""
+    loaded = tiny_loaded(family)
+    before = bits(loaded.model)
+    disturb(IA3(targets=("k", "o")).attach(loaded), size=0.3)
+    said = answers(loaded)
+    merge(loaded, "default")
+    torch.testing.assert_close(answers(loaded), said, rtol=0, atol=1e-5)
+    unmerge(loaded)
+    assert bits(loaded.model) == before
+    assert torch.equal(answers(loaded), said)
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILY_NAMES, answers, bits, disturb, roles_of, tiny_loaded
+from tiny_models import FAMILY_NAMES, IDS, answers, bits, disturb, roles_of, tiny_loaded
 from transformers import AutoModelForCausalLM
 
+from tunesmith.adapt.bitfit import BitFit
+from tunesmith.adapt.ia3 import IA3
 from tunesmith.adapt.lora import LoRA
 from tunesmith.adapt.merge import merge, unmerge
+from tunesmith.adapt.method import Method
 from tunesmith.core.errors import AdapterError
 from tunesmith.models.route import BASE, Route
 from tunesmith.models.save import write_model
@@ -135,3 +139,56 @@ def test_merging_one_side_of_a_tied_pair_unties_it(family: str, side: str, tmp_p
     unmerge(loaded)
     assert loaded.model.config.tie_word_embeddings is True
     assert loaded.model.get_input_embeddings().weight is loaded.model.get_output_embeddings().weight is embed
+
+
+@pytest.mark.parametrize("method", [BitFit(), IA3(targets=("attn", "mlp"))], ids=lambda method: method.kind)
+@pytest.mark.parametrize("family", ["llama", "smollm3", "granite", "qwen2", "gpt2", "gpt_neox", "bert", "deberta-v2"])
+def test_biases_merge_and_plain_transformers_reads_them(family: str, method: Method, tmp_path: Path) -> None:
+    """llama, smollm3 and granite have none until their config says so. Kills: a bias that is left behind, or saved for
+    a config that makes none; a switch that stays on."""
+    loaded = tiny_loaded(family)
+    before, base = bits(loaded.model), answers(loaded)
+    switches = {name: getattr(loaded.config, name, None) for name in ("attention_bias", "mlp_bias")}
+    disturb(method.attach(loaded), size=0.3)
+    acting = answers(loaded)
+    assert float((acting - base).abs().max()) > 0.1
+    merge(loaded, "default")
+    torch.testing.assert_close(answers(loaded), acting, rtol=0, atol=1e-5)
+    write_model(loaded, tmp_path)
+    plain, told = type(loaded.model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(told.values()), told
+    with torch.no_grad():
+        said = plain.eval()(input_ids=IDS)[0]
+    torch.testing.assert_close(said, acting, rtol=0, atol=1e-5)
+    unmerge(loaded)
+    assert bits(loaded.model) == before
+    assert {name: getattr(loaded.config, name, None) for name in switches} == switches
+    assert torch.equal(answers(loaded), acting)
+
+
+@pytest.mark.parametrize(
+    ("family", "place"), [("mistral", "q_proj"), ("qwen3", "gate_proj"), ("t5", "SelfAttention.q")]
+)
+def test_a_bias_without_a_place_is_refused_and_nothing_has_changed(family: str, place: str) -> None:
+    """Kills: biases that transformers would not read; a switch of attention alone for biases of an MLP, too."""
+    loaded = tiny_loaded(family)
+    disturb(BitFit().attach(loaded))
+    before, config, said = bits(loaded.model), loaded.config.to_dict(), answers(loaded)
+    with pytest.raises(AdapterError, match=rf"bitfit cannot be merged: \S*{place} has no bias that a plain {family}"):
+        merge(loaded, "default")
+    assert (bits(loaded.model), loaded.config.to_dict()) == (before, config)
+    assert torch.equal(answers(loaded), said)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_scales_an_output_scales_what_acted_before_it(family: str) -> None:
+    """LoRA, IA3 and BitFit on one map, in every order. Kills: factors of the base's weight and bias alone."""
+    for order in permutations("abc"):
+        loaded = tiny_loaded(family)
+        methods = (LoRA(rank=2, targets=("k", "v")), IA3(), BitFit())
+        for seed, (name, method) in enumerate(zip("abc", methods, strict=True)):
+            disturb(method.attach(loaded, name), seed, 0.3)
+        with Route(order).enter():
+            acting = answers(loaded)
+            merge(loaded, order)
+            torch.testing.assert_close(answers(loaded), acting, rtol=0, atol=1e-5)

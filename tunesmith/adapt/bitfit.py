@@ -52,6 +52,10 @@ class BitFit(Method):
         """b in the dtype and the shape of y."""
         return insert["b"].to(y.dtype).expand_as(y)
 
+    def fold(self, insert: Insert, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """No weight, and b."""
+        return None, insert["b"].detach()
+
 
 def _bias(model: nn.Module, target: Target) -> nn.Parameter | None:
     return model.get_submodule(target.path)._parameters.get("bias")

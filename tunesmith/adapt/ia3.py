@@ -75,8 +75,8 @@ class IA3(Method):
             return insert.mapped(x * change)
         return (y if insert.rows is None else gathered(y, insert.rows)) * change
 
-    def weight(self, insert: Insert) -> Tensor | None:
-        """W with its columns or rows scaled, less W; None where outputs with a bias are scaled, which changes that."""
+    def weight(self, insert: Insert) -> Tensor:
+        """W with its columns or rows scaled, less W."""
         from tunesmith.models.ports import gathered, port_kind
 
         [(name, factors)] = insert.named_parameters()
@@ -86,10 +86,16 @@ class IA3(Method):
         change = factors.detach() - 1
         if name == "inputs":
             return weight * change
-        if base.bias is not None:
-            return None
         rows = weight if insert.rows is None else gathered(weight.T, insert.rows).T
         return rows * change[:, None]
+
+    def fold(self, insert: Insert, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """What is scaled where a map answers is all of its answer: bias, and what other adapters have added before."""
+        [(name, factors)] = insert.named_parameters()
+        if name == "inputs":
+            return self.weight(insert), None
+        change = factors.detach() - 1
+        return weight * change[:, None], None if bias is None else bias * change
 
     def _only_maps(self) -> None:
         wrong = [name for name in self.targets if name in ("norm", "embed")]

@@ -7,15 +7,16 @@ route `BASE`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from tunesmith.core.errors import AdapterError
+from tunesmith.models.biases import add_biases
 from tunesmith.models.copies import settle
-from tunesmith.models.ports import Insert, Port, attached_to, port_kind, ports, spread
+from tunesmith.models.ports import Insert, Port, attached_to, gathered, port_kind, ports, spread
 
 if TYPE_CHECKING:
     from tunesmith.models.load import Loaded
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
 def merge(loaded: Loaded, names: str | Sequence[str]) -> None:
     """Adds what adapters learnt to the weights: W + the sum of their changes, in float32, rounded once.
 
+    Biases likewise; a map that had none gets one where a switch of the config says so to transformers.
     Where an adapter has a copy of a parameter, the copy stands. Where a weight is shared (embedding and head), only the
     side that an adapter is on changes: the pair is untied, and the config says so. Until `unmerge`, the model can run
     on no other route.
 
     Raises:
-        AdapterError: something is merged already, an adapter is not attached, or its method is no change of weights.
+        AdapterError: something is merged already, an adapter is not attached, its method is no change of weights and
+            biases, or it adds a bias where the family has no place for one.
     """
     names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
     attached = attached_to(loaded.model)
@@ -44,25 +47,27 @@ def merge(loaded: Loaded, names: str | Sequence[str]) -> None:
     undo = settle(loaded.model, names)
     try:
         fresh = {port: _merged(port, inserts) for port, inserts in _acting(loaded.model, names)}
+        take_biases = _with_biases(loaded.model, fresh, names)
     except AdapterError:
         undo()
         raise
     tied = _shared(loaded.model)
     config, was_tied = loaded.model.config, getattr(loaded.model.config, "tie_word_embeddings", None)
-    old = {port: port._parameters["weight"] for port in fresh}
+    old = {port: {name: port._parameters[name] for name in values} for port, values in fresh.items()}
 
     def restore() -> None:
-        for port, weight in old.items():
-            port._parameters["weight"] = weight
+        for port, values in old.items():
+            port._parameters.update(values)
             port.__dict__.pop("forward", None)
+        take_biases()
         if was_tied is not None:
             config.tie_word_embeddings = was_tied
         undo()
 
-    if was_tied and any(id(weight) in tied for weight in old.values()):
+    if was_tied and any(id(held) in tied for values in old.values() for held in values.values()):
         config.tie_word_embeddings = False
-    for port, weight in fresh.items():
-        port._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    for port, changed in fresh.items():
+        port._parameters.update({name: nn.Parameter(value, requires_grad=False) for name, value in changed.items()})
     for port in list(fresh)[1:]:
         # the first one still asks whether the route is the merged one, for all: the others cost what the base costs
         port.__dict__["forward"] = port.base.forward
@@ -79,29 +84,46 @@ def unmerge(loaded: Loaded) -> None:
 
 
 def _acting(model: nn.Module, names: Sequence[str]) -> list[tuple[Port, list[Insert]]]:
-    found = []
-    for port in ports(model):
-        held = [port.inserts[name] for name in names if name in port.inserts]
-        inserts = [insert for group in held for insert in group.values()]  # type: ignore[operator,union-attr]
-        if inserts:
-            found.append((port, inserts))
-    return found
+    found = ((port, _inserts(port, names)) for port in ports(model))
+    return [(port, inserts) for port, inserts in found if inserts]
 
 
-def _merged(port: Port, inserts: Sequence[Insert]) -> Tensor:
-    """The weight of a port with the changes of inserts in it, in its own dtype and layout."""
-    weight = port._parameters["weight"]
-    assert weight is not None
-    total = weight.detach().to(torch.float32, copy=True)
+def _inserts(port: Port, names: Sequence[str]) -> list[Insert]:
+    return [insert for name in names for insert in port.of(name)]
+
+
+def _merged(port: Port, inserts: Sequence[Insert]) -> dict[str, Tensor]:
+    """Weight and bias of a port with the changes of inserts in them, by name: those that change, in their own dtype."""
+    own = {name: held for name in ("weight", "bias") if (held := port._parameters.get(name)) is not None}
+    total = {name: held.detach().to(torch.float32, copy=True) for name, held in own.items()}
+    changed: dict[str, Tensor] = {}
     for insert in inserts:
-        change = insert.method.weight(insert)
-        if change is None:
+        bias, flipped = total.get("bias"), total["weight"]
+        if port_kind(port) == "linear":
+            flipped = flipped.T  # inputs x outputs, as the others have it
+        rows = insert.rows
+        role = flipped if rows is None else gathered(flipped, rows)
+        role_bias = bias if bias is None or rows is None else gathered(bias, rows)
+        change, shift = insert.method.fold(insert, role.T if role.dim() > 1 else role, role_bias)
+        if change is None and shift is None:
             raise AdapterError(f"{insert.method.kind} is no change of weights and cannot be merged")
-        flipped = change.T  # inputs x outputs
-        if insert.rows is not None:
-            flipped = spread(flipped, insert.rows)
-        total += flipped.T if port_kind(port) == "linear" else flipped
-    return total.to(weight.dtype)
+        if change is not None:
+            flipped += change.T if rows is None else spread(change.T, rows)  # into what it is a view of
+            changed["weight"] = total["weight"]
+        if shift is not None:
+            shift = shift if rows is None else spread(shift, rows)
+            changed["bias"] = total["bias"] = shift.to(torch.float32) if bias is None else bias + shift
+    return {name: value.to(own.get(name, own["weight"]).dtype) for name, value in changed.items()}
+
+
+def _with_biases(model: nn.Module, fresh: dict[Port, dict[str, Tensor]], names: Sequence[str]) -> Callable[[], None]:
+    """Room for biases that maps get and have not; answers what takes it away. Raises AdapterError."""
+    new = [port for port, values in fresh.items() if "bias" in values and port._parameters.get("bias") is None]
+    try:
+        return add_biases(model, [port.path for port in new])
+    except AdapterError as error:
+        kinds = {one.method.kind for port in new for one in _inserts(port, names) if one.method.weight(one) is None}
+        raise AdapterError(f"{' '.join(sorted(kinds))} cannot be merged: {error.message}") from error
 
 
 def _shared(model: nn.Module) -> set[int]:

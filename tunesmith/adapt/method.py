@@ -107,3 +107,12 @@ class Method(Section):
     def weight(self, insert: Insert) -> Tensor | None:
         """The same as a change of weights, float32 [output features, input features]; None where it is none."""
         return None
+
+    def fold(self, insert: Insert, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """What merging adds to weight and bias of the role, float32; both None where the delta is no such change.
+
+        Args:
+            weight: of the role, float32 [output features, input features], with what acted before in it.
+            bias: float32 [output features], likewise; None where there is none.
+        """
+        return self.weight(insert), None

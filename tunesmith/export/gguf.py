@@ -6,6 +6,7 @@ The tokenizer's part is in `gguf_vocabulary.py`; a Hugging Face folder is writte
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import tempfile
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from tunesmith.models.load import Loaded
 
 GgufType = Literal["f32", "f16", "bf16"]
+log = logging.getLogger(__name__)
 _FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32}  # general.file_type, as llama.cpp numbers them
 
 
@@ -80,6 +82,8 @@ def _layout(loaded: Loaded) -> tuple[Layout, str]:
         )
     layout = LAYOUTS[ARCHITECTURES[name]]
     _refuse_unsaid(loaded, layout)
+    if name in ("llama", "qwen3") and (setting(loaded.config, "attention_bias") or setting(loaded.config, "mlp_bias")):
+        log.warning("%s has biases: of a GGUF file of %s transformers leaves them out", loaded.name, name)
     return layout, ARCHITECTURES[name]
 
 

@@ -44,6 +44,10 @@ class Acts(Protocol):
         """The same as a change of weights; None where it is none."""
         ...
 
+    def fold(self, insert: Insert, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """What merging adds to weight and bias of the role as they are so far; both None where it is no such change."""
+        ...
+
     def low_rank(self, insert: Insert) -> LowRank | None:
         """The delta as s B A x with factors of now; None where it is something else, or dropout acts."""
         ...
