@@ -1,32 +1,217 @@
-"""Matrix products of training, with twins in torch."""
+"""Matrix products of training in bfloat16 on AMX (gemm.c), and plain twins in torch for everything else.
+
+The kernels sum in float32 over all operands of a call and round once; weights are read where they lie, several of them
+as one. No gradient flows through these: they are for the inside of a hand-written backward, and where gradients are
+asked for the twins run. Switched off with the saving "products".
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+from array import array
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tunesmith.core.switches import on
+from tunesmith.kernels.build import imitating, library, threads, usable, worked
+
 Weights = Tensor | Sequence[Tensor]
+
+FEWEST = 24  # rows: below, packing the weight is not worth it
+LEAST = 65536  # rows x columns x summed: below, torch's own call is the shorter
+
+
+def fast(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype have a kernel on this machine, and it is not switched off."""
+    return dtype == torch.bfloat16 and on("products") and _has_amx()
 
 
 def nt(
     x: Tensor, w: Weights, x2: Tensor | None = None, w2: Weights | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    ws = [w] if isinstance(w, Tensor) else list(w)
-    y = torch.nn.functional.linear(x, torch.cat(ws) if len(ws) > 1 else ws[0], bias)
-    if x2 is not None and w2 is not None:
-        w2s = [w2] if isinstance(w2, Tensor) else list(w2)
-        y = y + x2 @ torch.cat(w2s).T
-    return y
+    """x w' + x2 w2' + bias: [rows, outputs].
+
+    Args:
+        x: [rows, inputs]; rows may lie apart.
+        w: [outputs, inputs], or several, whose outputs lie side by side.
+        x2, w2: [rows, r] and [outputs, r], a second product into the same sums. Several w2 lie one below the other,
+            each as wide as x2, or each with its own columns of x2, one after the other (block-diagonal).
+        bias: [outputs].
+    """
+    ws, w2s = _several(w), _several(w2)
+    n = sum(one.shape[0] for one in ws)
+    if not _ours(x.shape[0], n, x, *ws, x2, *w2s, bias):
+        return plain_nt(x, ws, x2, w2s, bias)
+    y = x.new_empty(x.shape[0], n)
+    done = _product(0, y, (x, ws), (x2, w2s), bias)
+    return y if done else plain_nt(x, ws, x2, w2s, bias)
 
 
-def nn(dy: Tensor, w: Weights, dy2: Tensor | None = None, w2: Tensor | None = None) -> Tensor:
-    ws = [w] if isinstance(w, Tensor) else list(w)
-    dx = dy @ (torch.cat(ws) if len(ws) > 1 else ws[0])
-    return dx if dy2 is None else dx + dy2 @ w2
+def plain_nt(
+    x: Tensor, w: Weights, x2: Tensor | None = None, w2: Weights | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """The plain twin of `nt`."""
+    y = torch.nn.functional.linear(x, _below(w), bias)
+    if x2 is None or w2 is None or not len(w2):
+        return y
+    w2s = _several(w2)
+    if _dense(w2s, x2.shape[-1]):
+        return y + x2 @ _below(w2s).T
+    parts = x2.split([one.shape[1] for one in w2s], -1)
+    return y + torch.cat([part @ one.T for part, one in zip(parts, w2s, strict=True)], -1)
+
+
+def nn(dy: Tensor, w: Weights, dy2: Tensor | None = None, w2: Weights | None = None) -> Tensor:
+    """dy w + dy2 w2: [rows, inputs].
+
+    Args:
+        dy: [rows, outputs]; rows may lie apart.
+        w: [outputs, inputs], or several, one below the other.
+        dy2, w2: [rows, r] and [r, inputs] (or several, one below the other), a second product into the same sums.
+    """
+    ws, w2s = _several(w), _several(w2)
+    n = ws[0].shape[1]
+    if not _ours(dy.shape[0], n, dy, *ws, dy2, *w2s):
+        return plain_nn(dy, ws, dy2, w2s)
+    dx = dy.new_empty(dy.shape[0], n)
+    return dx if _product(1, dx, (dy, ws), (dy2, w2s), None) else plain_nn(dy, ws, dy2, w2s)
+
+
+def plain_nn(dy: Tensor, w: Weights, dy2: Tensor | None = None, w2: Weights | None = None) -> Tensor:
+    """The plain twin of `nn`."""
+    dx = dy @ _below(w)
+    return dx if dy2 is None or w2 is None or not len(w2) else dx + dy2 @ _below(w2)
 
 
 def tn(a: Tensor, b: Tensor, out: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """scale a' b in float32, added to `out` where it is given: the gradient of a weight.
+
+    Args:
+        a: [rows, n]; rows may lie apart.
+        b: [rows, k]; likewise.
+        out: [n, k], float32; it is changed and returned.
+    """
+    if a.dim() == 2 and b.dim() == 2 and _ours(a.shape[0], a.shape[1] * b.shape[1], a, b) and _plain_out(out):
+        found = torch.empty(a.shape[1], b.shape[1]) if out is None else out
+        if _gradient(a, b, found, out is not None, scale):
+            return found
+    return plain_tn(a, b, out, scale)
+
+
+def plain_tn(a: Tensor, b: Tensor, out: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """The plain twin of `tn`."""
     found = (a.T @ b).float() * scale
     return found if out is None else out.add_(found)
+
+
+def _several(w: Weights | None) -> list[Tensor]:
+    return [] if w is None else [w] if isinstance(w, Tensor) else list(w)
+
+
+def _below(w: Weights) -> Tensor:
+    several = _several(w)
+    return torch.cat(several) if len(several) > 1 else several[0]
+
+
+def _dense(w2s: Sequence[Tensor], width: int) -> bool:
+    return all(one.shape[1] == width for one in w2s)
+
+
+def _ours(rows: int, columns: int, first: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernel can take these and is worth calling."""
+    held = [first, *(one for one in others if one is not None)]
+    if not fast(first.dtype) or rows < FEWEST or rows * columns * first.shape[-1] < LEAST or not usable(*held):
+        return False
+    if torch.is_grad_enabled() and any(one.requires_grad for one in held):
+        return False
+    return first.dim() == 2 and all(one.dtype == torch.bfloat16 and one.numel() > 0 for one in held)
+
+
+def _plain_out(out: Tensor | None) -> bool:
+    return out is None or (usable(out) and out.dtype == torch.float32 and out.stride(1) == 1)
+
+
+def _product(by_columns: int, out: Tensor, *pairs: Any) -> bool:
+    """Runs the kernel; False where it could not."""
+    (a, ws), (a2, w2s), bias = pairs
+    a, ws = _rows(a), [_rows(one) for one in ws]
+    a2, w2s = (None, []) if a2 is None or not w2s else (_rows(a2), [_rows(one) for one in w2s])
+    (m, n), k, k2 = out.shape, a.shape[1], 0 if a2 is None else a2.shape[1]
+    _check(by_columns, n, k, ws)
+    _check(by_columns, n, k2, w2s)
+    worked(2 * m * n * (k + k2))
+    if imitating():
+        return True
+    b, b2 = _pieces(ws, k, by_columns), _pieces(w2s, k2, by_columns)
+    bias = None if bias is None else bias.contiguous()
+    second = (0, 0) if a2 is None else (a2.data_ptr(), a2.stride(0))
+    failed: int = _library().ts_product(
+        by_columns, m, n, a.data_ptr(), a.stride(0), k, b.buffer_info()[0], len(ws),
+        *second, k2, b2.buffer_info()[0], len(w2s), 0 if bias is None else bias.data_ptr(),
+        out.data_ptr(), n, threads(),
+    )  # fmt: skip
+    return not failed
+
+
+def _gradient(a: Tensor, b: Tensor, out: Tensor, add: bool, scale: float) -> bool:
+    """Runs the kernel; False where it could not. The narrower operand is the one that is turned."""
+    if a.shape[0] != b.shape[0] or out.shape != (a.shape[1], b.shape[1]):
+        raise ValueError(f"{list(a.shape)} and {list(b.shape)} do not make {list(out.shape)}")
+    worked(2 * a.numel() * b.shape[1])
+    if imitating():
+        return True
+    turned = a.shape[1] > b.shape[1]
+    a, b = (_rows(b), _rows(a)) if turned else (_rows(a), _rows(b))
+    failed: int = _library().ts_gradient(
+        a.shape[0], a.shape[1], b.shape[1], a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0),
+        out.data_ptr(), out.stride(0), turned, add, scale, threads(),
+    )  # fmt: skip
+    return not failed
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with contiguous rows, which may lie apart."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _check(by_columns: int, n: int, k: int, weights: Iterable[Tensor]) -> None:
+    """Raises ValueError where weights do not fit: the kernel would read what is not theirs."""
+    shapes = [tuple(one.shape) for one in weights]
+    rows, widths = sum(shape[0] for shape in shapes), [shape[1] for shape in shapes]
+    if by_columns:
+        fit = rows == k and all(width == n for width in widths)
+    else:
+        fit = rows == n and (all(width == k for width in widths) or sum(widths) == k)
+    if shapes and not fit:
+        raise ValueError(f"weights {shapes} do not fit {k} inputs and {n} outputs")
+
+
+def _pieces(weights: Sequence[Tensor], k: int, by_columns: int) -> array[int]:
+    """What gemm.c calls pieces: address, rows, row stride, width and first column of each."""
+    dense, start = bool(by_columns) or _dense(weights, k), 0
+    found = array("q")
+    for one in weights:
+        rows, width = one.shape
+        found.extend((one.data_ptr(), rows, one.stride(0), width, 0 if dense else start))
+        start += width
+    return found
+
+
+@cache
+def _has_amx() -> bool:
+    held = library()
+    return held is not None and bool(held.ts_has_amx())
+
+
+@cache
+def _library() -> Any:
+    held = library()
+    assert held is not None  # `usable` was asked before
+    kinds = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
+    for name, letters in (("ts_product", "illpllplpllplppli"), ("ts_gradient", "lllplplpliifi")):
+        getattr(held, name).argtypes = [kinds[letter] for letter in letters]
+    return held
