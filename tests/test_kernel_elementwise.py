@@ -1,4 +1,4 @@
-"""Norms, rotary positions and gated activations: kernels against plain twins, forward and backward."""
+"""Norms, rotary positions, gated activations and cross-entropy: kernels against plain twins, forward and backward."""
 
 from __future__ import annotations
 
@@ -208,3 +208,81 @@ def test_the_largest_float_rounds_to_infinity_and_halves_to_even_in_bfloat16():
     turned = ours.split_rope(torch.ones(6, 6).bfloat16(), table, torch.zeros_like(table), 1, 1)[0]
     assert torch.equal(turned[:, 0, 0], ties.bfloat16())
     assert torch.isfinite(ours.gated(gu, "silu")).all()
+
+
+SHAPES = {"as it is": (1.0, None), "scaled": (0.3, None), "capped": (1.0, 5.0), "scaled and capped": (2.0, 30.0)}
+
+
+@pytest.mark.parametrize("width", [1000, 37, 5], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cross_entropy_and_its_gradient_are_those_of_the_plain_twin(shape, width, dtype):
+    """Kills: the onehot left out or beside its place, a factor of the cap or scale, padding counted in the sum."""
+    torch.manual_seed(5)
+    scale, cap = SHAPES[shape]
+    logits, targets = (torch.randn(ROWS, width) * 4).to(dtype), torch.randint(0, width, (ROWS,))
+    targets[:2] = torch.tensor([0, width - 1])
+    exact, plain, found = logits.double(), logits.clone(), logits.clone()
+    exact_losses = ours.plain_cross_entropy_(exact, targets, scale, cap)
+    plain_losses = ours.plain_cross_entropy_(plain, targets, scale, cap)
+    losses = ours.cross_entropy_(found, targets, scale, cap)
+    assert losses.dtype == torch.float32
+    got, bound = errors((losses, found), (exact_losses, exact)), errors((plain_losses, plain), (exact_losses, exact))
+    assert got[0] < 1e-6
+    assert got[1] < (1e-6 if dtype == torch.float32 else 1.1 * bound[1])
+
+
+def test_the_twins_gradient_of_cross_entropy_is_autograds():
+    """Kills: an error that kernel and twin share."""
+    torch.manual_seed(6)
+    logits, targets = torch.randn(5, 11, dtype=torch.float64, requires_grad=True), torch.randint(0, 11, (5,))
+    shaped = 2.0 * torch.tanh(logits * 0.7 / 2.0)
+    losses = torch.nn.functional.cross_entropy(shaped, targets, reduction="none")
+    (wanted,) = torch.autograd.grad(losses.sum(), logits)
+    found = logits.detach().clone()
+    torch.testing.assert_close(ours.plain_cross_entropy_(found, targets, 0.7, 2.0), losses.detach())
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cross_entropy_leaves_logits_whose_gradient_nobody_wants_and_takes_large_ones(dtype):
+    """Kills: an overflow where the largest logit is not taken off first, a gradient made for nothing."""
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-3e38, 3e38, 0.0]]).to(dtype)
+    before, targets = logits.clone(), torch.tensor([0, 1])
+    assert torch.equal(ours.cross_entropy_(logits, targets, gradient=False), torch.zeros(2))
+    assert torch.equal(logits, before)
+    ours.cross_entropy_(logits, targets)
+    assert torch.equal(logits, torch.zeros_like(logits))
+
+
+def test_cross_entropy_of_a_masked_logit_is_finite_and_of_not_a_number_is_not():
+    """Kills: minus infinity times zero, NaN skipped by the search for the largest."""
+    logits = torch.tensor([[0.0, float("-inf"), 1.0], [0.0, float("nan"), 1.0]])
+    losses = ours.cross_entropy_(logits, torch.tensor([0, 0]))
+    assert torch.isfinite(losses[0])
+    assert logits[0, 1] == 0
+    assert losses[1].isnan()
+    assert logits[1].isnan().all()
+
+
+@pytest.mark.parametrize("target", [-100, 3])
+def test_a_target_beyond_the_vocabulary_is_refused(target):
+    """Kills: memory read that is not the row's."""
+    with pytest.raises(IndexError, match="targets"):
+        ours.cross_entropy_(torch.zeros(2, 3), torch.tensor([0, target]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cross_entropy_does_not_depend_on_the_number_of_threads(dtype):
+    """Kills: threads that share the room of one."""
+    torch.manual_seed(7)
+    logits, targets = (torch.randn(ROWS, 999) * 4).to(dtype), torch.randint(0, 999, (ROWS,))
+    held, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            here = logits.clone()
+            found.append((ours.cross_entropy_(here, targets), here))
+    finally:
+        torch.set_num_threads(held)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))

@@ -1,8 +1,9 @@
-/* Norms, rotary positions and gated activations in one pass over memory each, forward and backward.
+/* Norms, rotary positions, gated activations and cross-entropy in few passes over memory, forward and backward.
 
    Rows are shared out among threads, and a row is always summed in the same order, so that no result depends on how
    many threads there are. dtype: 0 float32, 1 bfloat16; everything between load and store is float32. */
 #include <math.h>
+#include <omp.h>
 
 #include "vectors.h"
 
@@ -171,5 +172,64 @@ void ts_gated_back(const void *dy, const void *gu, void *dgu, long rows, long wi
         const char *gate = row_of(gu, 2 * row * width, dtype), *up = row_of(gate, width, dtype);
         char *dgate = row_of(dgu, 2 * row * width, dtype), *dup = row_of(dgate, width, dtype);
         BY_KIND(gated_back_row(row_of(dy, row * width, D), gate, up, dgate, dup, width, K, D));
+    }
+}
+
+enum { AS_IS, SCALED, CAPPED };
+
+/* A logit from the raw product: scaled, and bent towards +-cap where there is a cap. Both keep the order. */
+INLINE floats shaped(floats x, float scale, float cap, const int shape) {
+    if (shape != AS_IS) x = x * scale;
+    return shape == CAPPED ? cap * tanh_of(x / cap) : x;
+}
+
+/* The loss of one row; `powers` [width] receives e^(logit - the largest), which is summed. */
+INLINE float loss_of_row(const char *z, long target, float *powers, float *sum, long width, float scale, float cap,
+                         const int shape, const int dtype) {
+    floats top = all(-INFINITY), sums = {};
+    EACH(width, { top = larger(first_of(load(z, i, n, dtype), n, -INFINITY), top); });
+    const floats largest = shaped(all(largest_of(top)), scale, cap, shape);
+    EACH(width, {
+        const floats power = exp_of(shaped(load(z, i, n, dtype), scale, cap, shape) - largest);
+        sums += first_of(store(powers, i, n, power, 0), n, 0.0f);
+    });
+    *sum = sum_of(sums);
+    return largest[0] - shaped(load(z, target, 1, dtype), scale, cap, shape)[0] + logf(*sum);
+}
+
+/* The gradient of the raw product: softmax - onehot, back through cap and scale. */
+INLINE void pull_row(char *z, long target, const float *powers, float sum, long width, float scale, float cap,
+                     const int shape, const int dtype) {
+    const float share = 1.0f / sum;
+    const floats wanted = load(z, target, 1, dtype);
+    for (int last = 0; last < 2; last++) { /* at last the target alone, from its own logit */
+        if (last) z = row_of(z, target, dtype), powers += target, width = 1;
+        EACH(width, {
+            floats d = load(powers, i, n, 0) * share;
+            if (last) d -= 1.0f;
+            if (shape == CAPPED) {
+                const floats bent = tanh_of((last ? wanted : load(z, i, n, dtype)) * scale / cap);
+                d *= 1.0f - bent * bent;
+            }
+            store(z, i, n, shape == AS_IS ? d : d * scale, dtype);
+        });
+    }
+}
+
+#define BY_SHAPE(call)                                                                            \
+    do {                                                                                          \
+        if (cap > 0.0f) { enum { S = CAPPED }; BY_DTYPE(call); }                                  \
+        else if (scale != 1.0f) { enum { S = SCALED }; BY_DTYPE(call); }                          \
+        else { enum { S = AS_IS }; BY_DTYPE(call); }                                              \
+    } while (0)
+
+/* Losses of logits z, which become their gradient where wanted. cap 0: none. powers: [threads, width]. */
+void ts_cross_entropy(void *z, const int64_t *targets, float *losses, float *powers, long rows, long width, float scale,
+                      float cap, int wanted, int dtype, int threads) {
+    ROWS for (long row = 0; row < rows; row++) {
+        char *at = row_of(z, row * width, dtype);
+        float *own = powers + omp_get_thread_num() * width, sum;
+        BY_SHAPE(losses[row] = loss_of_row(at, targets[row], own, &sum, width, scale, cap, S, D);
+                 if (wanted) pull_row(at, targets[row], own, sum, width, scale, cap, S, D));
     }
 }

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tunesmith.core.switches import on
-from tunesmith.kernels.build import DTYPES, Functions, pointer, threads, usable
+from tunesmith.kernels.build import DTYPES, Functions, imitating, pointer, threads, usable
 
 KINDS = ("silu", "gelu_tanh", "gelu")
 BLOCKS = 16  # blocks of rows that sum a weight's gradient apart: fixed, so that no result depends on the threads
@@ -119,7 +119,7 @@ def cross_entropy_(
         logits: [rows, vocabulary], contiguous: the raw product of states and head. Nothing is recorded for autograd.
         targets: int64 [rows].
         scale, cap: logits are scale x product, and then cap x tanh(logit / cap) where there is a cap.
-        gradient: whether it is wanted; without it the logits are left as they are, or not, as it comes.
+        gradient: whether it is wanted; without it the logits stay.
 
     Returns:
         [rows], float32 (float64 for logits in float64).
@@ -130,7 +130,7 @@ def cross_entropy_(
     if not (_ours(logits) and logits.is_contiguous()):
         return plain_cross_entropy_(logits, targets, scale, cap, gradient=gradient)
     rows, width = logits.shape
-    if rows and not 0 <= int(targets.min()) <= int(targets.max()) < width:
+    if rows and not imitating() and not 0 <= int(targets.min()) <= int(targets.max()) < width:
         raise IndexError(f"targets must be in [0, {width})")
     losses = torch.empty(rows, dtype=torch.float32)
     powers = torch.empty(threads(), width)
@@ -145,7 +145,9 @@ def plain_cross_entropy_(
     logits: Tensor, targets: Tensor, scale: float = 1.0, cap: float | None = None, *, gradient: bool = True
 ) -> Tensor:
     """The plain twin of `cross_entropy_`."""
-    shaped = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
+    shaped = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if scale != 1.0:
+        shaped = shaped * scale
     if cap is not None:
         shaped = cap * torch.tanh(shaped / cap)
     total, wanted = torch.logsumexp(shaped, -1), targets[:, None]
@@ -155,7 +157,7 @@ def plain_cross_entropy_(
         pull.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=pull.dtype))
         if cap is not None:
             pull *= 1 - (shaped / cap).square()
-        logits.copy_(pull * scale)
+        logits.copy_(pull if scale == 1.0 else pull * scale)
     return losses
 
 

@@ -44,6 +44,11 @@ INLINE floats smaller(floats a, floats b) {
 #endif
 }
 
+INLINE floats first_of(floats x, long lanes, float others) { /* `others` beyond the first lanes */
+    const ints number = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return __builtin_constant_p(lanes) && lanes == LANES ? x : pick(number < (int)lanes, x, all(others));
+}
+
 INLINE floats magnitude(floats x) { return (floats)((words)x & 0x7fffffffu); }
 
 INLINE float sum_of(floats x) { /* always in the same order */

@@ -1,8 +1,8 @@
 """Cross-entropy of a language head without the tokens x vocabulary matrix.
 
 The one idea: a token's loss depends on its own hidden state alone, so with a frozen head the gradient of that state is
-made in the forward, chunk by chunk, while its logits are at hand; the backward only scales it. A head that trains goes
-through `plain_losses`, which recomputes each chunk instead. Both are the same function.
+made in the forward, chunk by chunk, out of its logits and in their place; the backward only scales it. A head that
+trains goes through `plain_losses`, which recomputes each chunk instead. Both are the same function.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tunesmith.kernels.elementwise import cross_entropy_
 from tunesmith.models.route import Owners, checkpoint_contexts
 
 
@@ -38,12 +39,6 @@ class Shaping:
             logits = logits * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
-    def pull_back(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """The gradient of the raw product from the gradient of the logits."""
-        if self.cap is not None:
-            gradient = gradient * (1 - (logits / self.cap).square())
-        return gradient if self.scale == 1.0 else gradient * self.scale
-
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of losses and logits: float32, or float64 for a model in float64."""
@@ -51,8 +46,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def chunk_rows(device: torch.device) -> int:
-    """Rows of logits at a time: on a CPU they should stay in its cache, an accelerator wants large products."""
-    return 128 if device.type == "cpu" else 1024
+    """Rows of logits at a time: each chunk reads the whole head twice, and has as many rows of logits in memory."""
+    return 256 if device.type == "cpu" else 1024
 
 
 def fused_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, shaping: Shaping) -> Tensor:
@@ -78,16 +73,15 @@ class _Fused(torch.autograd.Function):
         losses = torch.empty(len(targets), dtype=wide(hidden.dtype), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         rows = chunk_rows(hidden.device)
+        room = hidden.new_empty(min(rows, len(targets)), len(weight))
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
-            logits = shaping(torch.nn.functional.linear(hidden[part], weight, bias))
-            total = torch.logsumexp(logits, -1)
-            wanted = targets[part, None]
-            losses[part] = total - logits.gather(1, wanted)[:, 0]
+            logits = _product(hidden[part], weight, bias, room[: len(targets[part])])
+            losses[part] = cross_entropy_(
+                logits, targets[part], shaping.scale, shaping.cap, gradient=gradient is not None
+            )
             if gradient is not None:
-                pull = torch.exp(logits - total[:, None])
-                pull.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=pull.dtype))
-                gradient[part] = shaping.pull_back(pull, logits).to(weight.dtype) @ weight
+                torch.mm(logits, weight, out=gradient[part])
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return losses
@@ -97,6 +91,13 @@ class _Fused(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         # the product in float32: the weight of a step can be large
         return (gradient * grads[0][:, None]).to(gradient.dtype), None, None, None, None
+
+
+def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, room: Tensor) -> Tensor:
+    """The raw logits, in memory that every chunk uses again."""
+    if bias is None:
+        return torch.mm(hidden, weight.T, out=room)
+    return torch.addmm(bias, hidden, weight.T, out=room)
 
 
 def plain_losses(
