@@ -1,7 +1,8 @@
 """Which rows make an update, and how they are cut into micro-batches.
 
 Rows are taken in the order of the mixture until the step is full. The micro size only cuts a step that is
-already made, so it never changes which rows are learnt from together. The place after a step is a cursor of
+already made, so it never changes which rows are learnt from together; within it, rows that begin alike come
+side by side, for a micro-batch computes a beginning that its rows share once. The place after a step is a cursor of
 two integers, from which the same steps follow again; nothing else is remembered.
 """
 
@@ -30,6 +31,7 @@ class Left(Protocol):
 
 
 E = TypeVar("E", bound=Encoded)
+_BEGINNING = 16  # tokens that rows have in common before they are brought together
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Step(Generic[E]):
 
     Attributes:
         number: which step of this stream, from 1.
-        micro_batches: the rows, in order, cut into what is computed at once.
+        micro_batches: the rows, in order but for those that begin alike, cut into what is computed at once.
         cursor: the place after this step; a stream started there goes on with the next one.
         epoch: how many epochs of rows have been looked at, 1.5 in the middle of the second.
         dropped: rows that were looked at for this step and left out, by reason.
@@ -170,13 +172,21 @@ class StepStream(Generic[E]):
     def _cut(self, rows: list[E]) -> list[list[E]]:
         cut: list[list[E]] = [[]]
         tokens = 0
-        for row in rows:
+        for row in _side_by_side(rows):
             if not self.sizes.micro_takes(len(cut[-1]) + 1, tokens + len(row.ids)):
                 cut.append([])
                 tokens = 0
             cut[-1].append(row)
             tokens += len(row.ids)
         return cut
+
+
+def _side_by_side(rows: Sequence[E]) -> list[E]:
+    """Rows in order, but those that begin alike together where the first of them is, and sorted by what they hold."""
+    alike: dict[tuple[int, ...], list[E]] = {}
+    for row in rows:
+        alike.setdefault(tuple(row.ids[:_BEGINNING]), []).append(row)
+    return [row for group in alike.values() for row in sorted(group, key=lambda row: tuple(row.ids))]
 
 
 def _sum(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:

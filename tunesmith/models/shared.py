@@ -122,40 +122,26 @@ def shared(ids: Tensor, lengths: Sequence[int], kinds: Sequence[Hashable] | None
 
 @dataclass(eq=False)
 class _Node:
-    """Documents with a common beginning of `length` tokens, and the best groups among them so far.
-
-    Attributes:
-        free: those of its documents that are in no group.
-    """
+    """Documents with a common beginning of `length` tokens: the best groups among them so far, and those in none."""
 
     length: int
-    children: list[_Node] = field(default_factory=list)
-    documents: list[int] = field(default_factory=list)
     free: list[int] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
 
-    @property
-    def saved(self) -> int:
-        return sum(group.saved for group in self.groups)
+    def add(self, child: _Node) -> None:
+        """Takes what a longer beginning has found."""
+        self.free += child.free
+        self.groups += child.groups
 
     def close(self) -> _Node:
-        """Makes a group of its own, of what is free and of children whose groups save less, if that saves more."""
-        given_up = [child for child in self.children if child.saved < self.length * child.grouped]
-        kept = [child for child in self.children if child not in given_up]
-        free = [number for child in self.children for number in child.free]
-        self.documents = [number for child in self.children for number in child.documents]
-        mine = [number for child in given_up for number in child.documents]
-        own = Group(tuple(sorted([*mine, *(number for child in kept for number in child.free)])), self.length)
-        if own.saved - sum(child.saved for child in given_up) >= LEAST_TOKENS:
-            self.groups = [own, *(group for child in kept for group in child.groups)]
-        else:
-            self.groups, self.free = [group for child in self.children for group in child.groups], free
-        self.children = []
+        """Makes a group of what is free and of groups that would save more here, if that is worth it."""
+        given_up = [group for group in self.groups if group.saved < len(group.documents) * self.length]
+        members = [*self.free, *(number for group in given_up for number in group.documents)]
+        own = Group(tuple(sorted(members)), self.length)
+        if own.saved - sum(group.saved for group in given_up) >= LEAST_TOKENS:
+            self.groups = [own, *(group for group in self.groups if group not in given_up)]
+            self.free = []
         return self
-
-    @property
-    def grouped(self) -> int:
-        return len(self.documents) - len(self.free)
 
 
 def _best(held: Sequence[bytes], order: Sequence[int]) -> list[Group]:
@@ -164,15 +150,15 @@ def _best(held: Sequence[bytes], order: Sequence[int]) -> list[Group]:
     for place, number in enumerate(order):
         last = place + 1 == len(order)
         length = -1 if last else _common(held[number], held[order[place + 1]])
-        node = _Node(len(held[number]) // _WIDTH, documents=[number], free=[number])
+        node = _Node(len(held[number]) // _WIDTH, [number])
         while stack and stack[-1].length > length:
-            stack[-1].children.append(node)
+            stack[-1].add(node)
             node = stack.pop().close()
         if stack and stack[-1].length == length:
-            stack[-1].children.append(node)
+            stack[-1].add(node)
         else:
-            stack.append(_Node(length, [node]))
-    return [group for child in stack[0].children for group in child.groups] if stack else []
+            stack.append(_Node(length, node.free, node.groups))
+    return stack[0].groups if stack else []
 
 
 def _common(one: bytes, other: bytes) -> int:
