@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -98,27 +98,32 @@ def worked(flops: int) -> None:
 class Functions:
     """C functions of the library, by name, each with what it takes: p a pointer, l a long, f a float, i an int.
 
-    While a plan is made they do nothing.
+    While a plan is made they do nothing and answer 0. What a function that answers nothing gives has no meaning.
     """
 
     def __init__(self, **taken: str) -> None:
         self._taken = taken
+        self._declared: dict[str, Callable[..., int]] = {}
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return _nothing if imitating() else self._declared[name]
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        if imitating():
+            return _nothing
+        if not self._declared:
+            self._declare()
+        return self._declared[name]
 
-    @cached_property
-    def _declared(self) -> dict[str, Callable[..., None]]:
+    def _declare(self) -> None:
         held = library()
         assert held is not None  # `usable` was asked before
         kinds = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
         for name, letters in self._taken.items():
             getattr(held, name).argtypes = [kinds[letter] for letter in letters]
-            getattr(held, name).restype = None
-        return {name: getattr(held, name) for name in self._taken}
+            getattr(held, name).restype = ctypes.c_int
+            self._declared[name] = getattr(held, name)
 
 
-def _nothing(*_: Any) -> None: ...
+def _nothing(*_: Any) -> int:
+    return 0
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
