@@ -322,13 +322,26 @@ static int product(const Product *p, int threads) { return (void)p, (void)thread
 static int gradient(const Gradient *g, int threads) { return (void)g, (void)threads, 1; }
 #endif
 
-/* out [m, n] = a b + a2 b2 + bias; b [k, n] and b2 [k2, n] lie in pieces (Product.by_columns says how). */
-int ts_product(int by_columns, int64_t m, int64_t n, const uint16_t *a, int64_t a_row, int64_t k, const Piece *b,
-               int64_t b_count, const uint16_t *a2, int64_t a2_row, int64_t k2, const Piece *b2, int64_t b2_count,
-               const uint16_t *bias, uint16_t *out, int64_t out_row, int threads) {
-    const Product p = {by_columns, m, n, {{a, a_row, k, b, b_count}, {a2, a2_row, k2, b2, b2_count}}, bias, out,
-                       out_row};
-    return product(&p, threads);
+/* out [m, n] = a b + a2 b2 + bias; b [k, n] and b2 [k2, n] lie in pieces (Product.by_columns says how). One pointer,
+   since a caller's conversion of every argument would take longer than a small product. */
+typedef struct {
+    int64_t by_columns, m, n;
+    struct {
+        int64_t a, a_row, k, count;
+    } pairs[2];
+    int64_t bias, out, threads;
+    Piece pieces[]; /* those of the first pair, then those of the second */
+} Call;
+
+int ts_product(const Call *c) {
+    Product p = {.by_columns = (int)c->by_columns, .m = c->m, .n = c->n, .out_row = c->n};
+    const Piece *pieces = c->pieces;
+    for (int i = 0; i < 2; pieces += c->pairs[i++].count)
+        p.pairs[i] = (Pair){(const uint16_t *)c->pairs[i].a, c->pairs[i].a_row, c->pairs[i].k, pieces,
+                            c->pairs[i].count};
+    p.bias = (const uint16_t *)c->bias;
+    p.out = (uint16_t *)c->out;
+    return product(&p, (int)c->threads);
 }
 
 /* out (+)= scale a' b in float: a [t, m], b [t, n], out [m, n], or [n, m] where it is `turned`. */

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -123,37 +123,51 @@ def _dense(w2s: Sequence[Tensor], width: int) -> bool:
 
 def _ours(rows: int, columns: int, first: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernel can take these and is worth calling."""
-    held = [first, *(one for one in others if one is not None)]
-    if not fast(first.dtype) or rows < FEWEST or rows * columns * first.shape[-1] < LEAST or not usable(*held):
+    if rows < FEWEST or first.dim() != 2 or rows * columns * first.shape[1] < LEAST or not fast(first.dtype):
         return False
-    if torch.is_grad_enabled() and any(one.requires_grad for one in held):
+    if not usable(first, *others):
         return False
-    return first.dim() == 2 and all(one.dtype == torch.bfloat16 and one.numel() > 0 for one in held)
+    flows = torch.is_grad_enabled()
+    for one in (first, *others):
+        if one is not None and (one.dtype is not torch.bfloat16 or not one.numel() or (flows and one.requires_grad)):
+            return False
+    return True
 
 
 def _plain_out(out: Tensor | None) -> bool:
     return out is None or (usable(out) and out.dtype == torch.float32 and out.stride(1) == 1)
 
 
-def _product(by_columns: int, out: Tensor, *pairs: Any) -> bool:
+def _product(
+    by_columns: int,
+    out: Tensor,
+    first: tuple[Tensor, list[Tensor]],
+    second: tuple[Tensor | None, list[Tensor]],
+    bias: Tensor | None,
+) -> bool:
     """Runs the kernel; False where it could not."""
-    (a, ws), (a2, w2s), bias = pairs
-    a, ws = _rows(a), [_rows(one) for one in ws]
-    a2, w2s = (None, []) if a2 is None or not w2s else (_rows(a2), [_rows(one) for one in w2s])
-    (m, n), k, k2 = out.shape, a.shape[1], 0 if a2 is None else a2.shape[1]
-    _check(by_columns, n, k, ws)
-    _check(by_columns, n, k2, w2s)
-    worked(2 * m * n * (k + k2))
+    m, n = out.shape
+    pairs, pieces, kept, summed = array("q"), array("q"), [], 0
+    for a, weights in (first, second):
+        if a is None or not weights:
+            pairs.extend((0, 0, 0, 0))
+            continue
+        a, weights = _rows(a), [_rows(one) for one in weights]
+        k = a.shape[1]
+        _check(by_columns, n, k, weights)
+        summed += k
+        if imitating():
+            continue
+        kept += [a, *weights]  # copies must live until the kernel has run
+        pairs.extend((a.data_ptr(), a.stride(0), k, len(weights)))
+        pieces.extend(_pieces(weights, k, by_columns))
+    worked(2 * m * n * summed)
     if imitating():
         return True
-    b, b2 = _pieces(ws, k, by_columns), _pieces(w2s, k2, by_columns)
     bias = None if bias is None else bias.contiguous()
-    second = (0, 0) if a2 is None else (a2.data_ptr(), a2.stride(0))
-    failed: int = _library().ts_product(
-        by_columns, m, n, a.data_ptr(), a.stride(0), k, b.buffer_info()[0], len(ws),
-        *second, k2, b2.buffer_info()[0], len(w2s), 0 if bias is None else bias.data_ptr(),
-        out.data_ptr(), n, threads(),
-    )  # fmt: skip
+    ends = array("q", (0 if bias is None else bias.data_ptr(), out.data_ptr(), threads()))
+    call = array("q", (by_columns, m, n)) + pairs + ends + pieces
+    failed: int = _library().ts_product(call.buffer_info()[0])
     return not failed
 
 
@@ -178,25 +192,27 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
-def _check(by_columns: int, n: int, k: int, weights: Iterable[Tensor]) -> None:
+def _check(by_columns: int, n: int, k: int, weights: Sequence[Tensor]) -> None:
     """Raises ValueError where weights do not fit: the kernel would read what is not theirs."""
-    shapes = [tuple(one.shape) for one in weights]
-    rows, widths = sum(shape[0] for shape in shapes), [shape[1] for shape in shapes]
+    if len(weights) == 1 and weights[0].shape == ((k, n) if by_columns else (n, k)):
+        return
+    rows, widths = sum(one.shape[0] for one in weights), [one.shape[1] for one in weights]
     if by_columns:
         fit = rows == k and all(width == n for width in widths)
     else:
         fit = rows == n and (all(width == k for width in widths) or sum(widths) == k)
-    if shapes and not fit:
+    if not fit:
+        shapes = [list(one.shape) for one in weights]
         raise ValueError(f"weights {shapes} do not fit {k} inputs and {n} outputs")
 
 
-def _pieces(weights: Sequence[Tensor], k: int, by_columns: int) -> array[int]:
+def _pieces(weights: Sequence[Tensor], k: int, by_columns: int) -> list[int]:
     """What gemm.c calls pieces: address, rows, row stride, width and first column of each."""
     dense, start = bool(by_columns) or _dense(weights, k), 0
-    found = array("q")
+    found: list[int] = []
     for one in weights:
         rows, width = one.shape
-        found.extend((one.data_ptr(), rows, one.stride(0), width, 0 if dense else start))
+        found += (one.data_ptr(), rows, one.stride(0), width, 0 if dense else start)
         start += width
     return found
 
@@ -212,6 +228,6 @@ def _library() -> Any:
     held = library()
     assert held is not None  # `usable` was asked before
     kinds = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
-    for name, letters in (("ts_product", "illpllplpllplppli"), ("ts_gradient", "lllplplpliifi")):
+    for name, letters in (("ts_product", "p"), ("ts_gradient", "lllplplpliifi")):
         getattr(held, name).argtypes = [kinds[letter] for letter in letters]
     return held
