@@ -1,7 +1,8 @@
 """Attention inside documents: one row holds many of them end to end, and each attends to itself alone.
 
 The one idea: this is an attention function of transformers' own interface, so that no model code is touched. With
-`Segments` (route.py) it runs scaled dot-product attention document by document; without, it is transformers' sdpa.
+`Segments` (route.py) documents run together in one kernel (kernels/attention.py) or, where that cannot be, one by one
+through scaled dot-product attention; without, it is transformers' sdpa.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tunesmith.core.errors import ModelError
+from tunesmith.kernels.attention import Spans, attention, on_gpu, takes
 from tunesmith.models.prefixes import Pair, preceding, side_by_side
 from tunesmith.models.route import Segments, current_segments, holding
 
@@ -74,11 +76,15 @@ def attend(
         raise ModelError(f"segments of {sum(segments.lengths)} tokens over a row of shape {tuple(query.shape)}")
     if sliding_window is not None and not causal:
         raise ModelError("a sliding window without causal attention cannot run packed")
+    if segments.prefixes:
+        _check_going_on(segments, before, sliding_window)
+    if softcap is None and not dropout:
+        found = _fused(query, key, value, segments.spans, before, causal, scaling, sliding_window)
+        if found is not None:
+            return found[None], None
     lengths = list(segments.lengths)
     parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    if segments.prefixes:
-        before = _gone_on_from(segments, key, value, before, sliding_window)
-    pairs = before or [None] * len(lengths)
+    pairs = _gone_on_from(segments, key, value) if segments.prefixes else before or [None] * len(lengths)
     outputs = [
         _one(*part, pair, causal, dropout, scaling, sliding_window, softcap)
         for part, pair in zip(parts, pairs, strict=True)
@@ -111,6 +117,44 @@ def use(model: PreTrainedModel) -> None:
         model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         raise ModelError(f"{type(model).__name__} does not use the attention interface of transformers")
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Spans,
+    before: Sequence[Pair | None] | None,
+    causal: bool,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor | None:
+    """[tokens, heads, width] by one kernel for all documents, or None where there is none for these."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    if before is None:
+        found = on_gpu(q, k, v, spans, causal, scale, window or 0)
+        if found is not None:
+            return found
+    if not takes(q, k, v, scale):
+        return None
+    if before is not None:
+        k, v, spans = _with_rows_of(before, k, v, spans)
+    return attention(q, k, v, spans, causal, scale, window or 0)
+
+
+def _with_rows_of(pairs: Sequence[Pair | None], k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor, Spans]:
+    """Keys and values [rows, kv heads, width] with what precedes documents behind them, and the spans that see it."""
+    places: dict[int, tuple[int, int]] = {id(None): (0, 0)}
+    keys, values, end = [k], [v], k.shape[0]
+    for pair in pairs:
+        if pair is not None and id(pair) not in places:
+            places[id(pair)] = end, end + pair[0].shape[1]
+            end = places[id(pair)][1]
+            keys.append(pair[0].transpose(0, 1))
+            values.append(pair[1].transpose(0, 1))
+    seen = tuple((*span[:3], *places[id(pair)]) for span, pair in zip(spans, pairs, strict=True))
+    return torch.cat(keys), torch.cat(values), seen
 
 
 def _one(
@@ -149,13 +193,14 @@ def _one(
     ).to(dtype)
 
 
-def _gone_on_from(
-    segments: Segments, key: Tensor, value: Tensor, before: Sequence[Pair | None] | None, window: int | None
-) -> list[Pair | None]:
-    """Keys and values [kv heads, length, width] of the segment that each goes on from."""
+def _check_going_on(segments: Segments, before: Sequence[Pair | None] | None, window: int | None) -> None:
     longest = max(end - start + after - first for start, end, _, first, after in segments.spans)
     if before is not None or (window is not None and window < longest):
         raise ModelError("segments that go on from others have neither windows nor keys of an adapter before them")
+
+
+def _gone_on_from(segments: Segments, key: Tensor, value: Tensor) -> list[Pair | None]:
+    """Keys and values [kv heads, length, width] of the segment that each goes on from."""
     return [
         None if first == after else (key[0, :, first:after], value[0, :, first:after])
         for *_, first, after in segments.spans
