@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tiny_models import IDS, TinyLoaded, answers, bits, disturb, tiny_loaded, ti
 from tunesmith.adapt.lora import LoRA
 from tunesmith.adapt.peft_bridge import LAYERS, OWN, REFUSED, TYPES, Peft
 from tunesmith.adapt.peft_layers import whole_of
-from tunesmith.adapt.store import TENSORS, load_adapter, save_adapter
+from tunesmith.adapt.store import CONFIG, TENSORS, load_adapter, save_adapter
 from tunesmith.core.errors import AdapterError, ConfigError
 from tunesmith.models.families import family_of
 from tunesmith.models.policy import Policy
@@ -50,11 +51,16 @@ def test_a_bridged_tuner_is_a_method_like_any_other(kind: str, family: str, tmp_
 
 @pytest.mark.parametrize(("kind", "family"), ON_LAYERS)
 def test_layers_are_those_of_peft(kind: str, family: str, tmp_path: Path) -> None:
-    """Outputs, gradients, and the file. Kills: a name that peft skips; a shared tensor that is counted twice."""
+    """Outputs, gradients, and the file.
+
+    Kills: a base that is not named; a name that peft skips; a table that stays behind as the model moves.
+    """
     loaded = tiny_loaded(family, tmp_path)
     adapter = bridged(kind, family).attach(loaded, "mine", seed=3)
     disturb(adapter)
     path = save_adapter(adapter, tmp_path / "ours")
+    stored = json.loads((path / CONFIG).read_text())
+    assert (stored["base_model_name_or_path"], stored["inference_mode"]) == (str(tmp_path.absolute()), True)
     theirs = peft.PeftModel.from_pretrained(tiny_model(family), path, is_trainable=True).eval()
     output = said_by(theirs, kind)
     torch.testing.assert_close(output, answers(loaded), rtol=0, atol=1e-5)
@@ -66,6 +72,9 @@ def test_layers_are_those_of_peft(kind: str, family: str, tmp_path: Path) -> Non
     for name, value in wanted.items():
         torch.testing.assert_close(found[name].grad, value.grad, rtol=1e-4, atol=1e-5)
     assert sorted(map(id, adapter.parameters.values())) == sorted(map(id, found.values()))
+    there = {id(value) for value in (*loaded.model.parameters(), *loaded.model.buffers())}
+    whole = whole_of(adapter)
+    assert {id(value) for value in (*whole.parameters(), *whole.buffers())} <= there, "all of it moves with the model"
 
 
 @pytest.mark.parametrize(("kind", "family"), ON_LAYERS)
@@ -83,7 +92,7 @@ def test_what_peft_saves_loads_here(kind: str, family: str, tmp_path: Path) -> N
     save_adapter(adapter, tmp_path / "back")
     old, new = (load_file(tmp_path / name / TENSORS) for name in ("theirs", "back"))
     assert old.keys() == new.keys()
-    assert all(torch.equal(new[name], value) for name, value in old.items())
+    assert all(torch.equal(new[name], value) and new[name].dtype == value.dtype for name, value in old.items())
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft_cases import bridged, fresh, trained_by
+from peft_cases import bridged, fresh, said_by, trained_by
 from tiny_folders import tiny_folder
-from tiny_models import tiny_loaded
+from tiny_models import answers, tiny_loaded
 from tiny_training import collate, lasting, rows, stream
 from torch import Tensor, nn
 
 from tunesmith.adapt.adapter import Adapter
 from tunesmith.adapt.peft_bridge import TYPES
 from tunesmith.adapt.peft_layers import whole_of
-from tunesmith.adapt.store import load_adapter
+from tunesmith.adapt.store import load_adapter, save_adapter
 from tunesmith.config import build_config
 from tunesmith.core.errors import ConfigError, Stopped
 from tunesmith.data.pack import Cursor
@@ -100,6 +100,19 @@ def test_adalora_is_trained_as_peft_trains_it(tmp_path: Path) -> None:
     kept = [int(value.count_nonzero()) for name, value in found.items() if "lora_E" in name]
     assert sum(kept) == 2 * len(kept), "the budget is target_r for each map"
     assert whole_of(adapter).peft_config["default"].total_step == STEPS
+    with torch.no_grad():  # peft's own file has no rows without rank
+        theirs.save_pretrained(tmp_path / "theirs")
+        again = tiny_loaded("llama", tmp_path)
+        other = load_adapter(again, tmp_path / "theirs")
+        torch.testing.assert_close(answers(again), said_by(theirs.eval(), "ADALORA"), rtol=0, atol=1e-5)
+        assert sum(len(value) for name, value in other.parameters.items() if "lora_E" in name) == sum(kept)
+        save_adapter(other, tmp_path / "back")
+        last = tiny_loaded("llama", tmp_path)
+        load_adapter(last, tmp_path / "back")
+        assert torch.equal(answers(last), answers(again))
+    before = [value.clone() for value in other.parameters.values()]
+    other.after_step(1, STEPS)
+    assert all(map(torch.equal, before, other.parameters.values())), "what is read keeps its ranks"
 
 
 @pytest.mark.parametrize("stop", [2, 8])

@@ -25,6 +25,7 @@ _REFUSED = (
 )  # fmt: skip
 # a row has no task of its own here
 _ONE_TASK = ("n_tasks", "num_tasks")
+_OF_THE_STORE = ("base_model_name_or_path", "inference_mode")
 # settings that the file has for other reasons
 _OTHERS = {
     "peft_type", "task_type", "base_model_name_or_path", "inference_mode", "auto_mapping", "peft_version", "revision"
@@ -66,8 +67,8 @@ def seed_of(settings: Mapping[str, Any], where: str) -> int:
 
 
 def as_json(settings: Any) -> dict[str, Any]:
-    """A configuration object as a file has it."""
-    return {key: _plain(value) for key, value in settings.to_dict().items()}
+    """A configuration object as a file has it, without what `store.py` says itself."""
+    return {key: _plain(value) for key, value in settings.to_dict().items() if key not in _OF_THE_STORE}
 
 
 @contextmanager
