@@ -28,8 +28,8 @@ from tunesmith.models.recompute import again
 
 log = logging.getLogger(__name__)
 # model class -> what is added to the gain of its norms
-_KNOWN = {"LlamaModel": 0.0, "MistralModel": 0.0, "Qwen2Model": 0.0, "GemmaModel": 1.0}
-_NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "GemmaRMSNorm"}
+KNOWN = {"LlamaModel": 0.0, "MistralModel": 0.0, "Qwen2Model": 0.0, "GemmaModel": 1.0}
+NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "GemmaRMSNorm"}
 _GATES = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"
 }  # fmt: skip
@@ -38,7 +38,7 @@ _GATES = {
 def fits(model: Any) -> bool:
     """Whether a model's blocks are known here, its tensors are such that the kernels take them, and nobody listens."""
     base = model.base_model
-    if type(base).__name__ not in _KNOWN or _gate(model.config) is None:
+    if type(base).__name__ not in KNOWN or gate_of(model.config) is None:
         _tell(type(base).__name__)
         return False
     if is_heard() or any(module._forward_hooks or module._forward_pre_hooks for module in base.modules()):
@@ -56,7 +56,7 @@ def hidden(model: Any, inputs: dict[str, Any], rows: Tensor | None = None) -> Te
     base = model.base_model
     x = base.embed_tokens(inputs["input_ids"])
     cos, sin = (part[0] for part in base.rotary_emb(x, inputs["position_ids"]))
-    shape = _Shape(model.config, _KNOWN[type(base).__name__], cos.contiguous(), sin.contiguous())
+    shape = _Shape(model.config, KNOWN[type(base).__name__], cos.contiguous(), sin.contiguous())
     x, beside = x[0], None
     for number, layer in enumerate(base.layers, 1):
         run = partial(_block, shape, layer)
@@ -64,6 +64,19 @@ def hidden(model: Any, inputs: dict[str, Any], rows: Tensor | None = None) -> Te
             run = partial(again, run)
         x, beside = run(x, beside, rows if number == len(base.layers) else None)
     found, _, _ = _normed(shape, base.norm, x, beside)
+    return found
+
+
+def gate_of(config: Any) -> str | None:
+    """The activation of the MLP as the kernels name it; None where they lack it."""
+    name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    return _GATES.get(str(name))
+
+
+def window_of(config: Any, attention: nn.Module) -> int | None:
+    """How many tokens a query of an attention module sees, its own with them; None for all before it."""
+    held = config if type(attention).__name__ == "MistralAttention" else attention
+    found: int | None = getattr(held, "sliding_window", None)
     return found
 
 
@@ -88,7 +101,7 @@ def _block(shape: _Shape, layer: Any, x: Tensor, beside: Tensor | None, rows: Te
     beside = _mapped((attention.o_proj,), beside)
     h, x, make = _normed(shape, layer.post_attention_layernorm, x, beside)
     both = _mapped((mlp.gate_proj, mlp.up_proj), h, make)
-    gate = partial(elementwise.gated, kind=_gate(shape.config))
+    gate = partial(elementwise.gated, kind=gate_of(shape.config))
     return x, _mapped((mlp.down_proj,), gate(both), Again(gate, (both.detach(),)))
 
 
@@ -98,9 +111,7 @@ def _attended(shape: _Shape, attention: Any, qkv: Tensor) -> Tensor:
     q, k, v = elementwise.split_rope(
         qkv, shape.cos, shape.sin, config.num_attention_heads, (qkv.shape[1] // width - config.num_attention_heads) // 2
     )
-    window = getattr(attention, "sliding_window", None)
-    if type(attention).__name__ == "MistralAttention":
-        window = config.sliding_window
+    window = window_of(config, attention)
     q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
     found, _ = attend(
         attention,
@@ -120,7 +131,7 @@ def _normed(shape: _Shape, module: nn.Module, x: Tensor, beside: Tensor | None) 
     plain: Any = module.base if isinstance(module, Port) else module
     acts = isinstance(module, Port) and any(True for _ in module.acting())
     swap = swap_of(plain)
-    if acts or type(plain).__name__ not in _NORMS or (swap is not None and not swap.is_settled()):
+    if acts or type(plain).__name__ not in NORMS or (swap is not None and not swap.is_settled()):
         x = x if beside is None else x + beside
         return module(x), x, None
     weight, eps = plain.weight, getattr(plain, "variance_epsilon", None) or plain.eps
@@ -146,11 +157,6 @@ def _mapped(modules: Sequence[Any], x: Tensor, make: Again | None = None) -> Ten
 
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts), -1) if len(parts) > 1 else parts[0]
-
-
-def _gate(config: Any) -> str | None:
-    name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-    return _GATES.get(str(name))
 
 
 @cache
