@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from tunesmith.kernels.elementwise import cross_entropy_
 from tunesmith.models.route import Owners, checkpoint_contexts
 
+ROOM = 64 << 20  # bytes of logits that the fused head has in memory
+
 
 @dataclass(frozen=True)
 class Shaping:
@@ -46,8 +48,15 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def chunk_rows(device: torch.device) -> int:
-    """Rows of logits at a time: each chunk reads the whole head twice, and has as many rows of logits in memory."""
-    return 256 if device.type == "cpu" else 1024
+    """Rows of logits at a time, at least: every chunk reads the whole head, and an accelerator wants large products."""
+    return 128 if device.type == "cpu" else 1024
+
+
+def _chunk(rows: int, head: Tensor) -> int:
+    """Rows of a chunk of the fused head: chunks of one size, as large as ROOM allows up to four times `chunk_rows`."""
+    least = chunk_rows(head.device)
+    most = min(4 * least, max(least, ROOM // (len(head) * head.element_size())))
+    return -(-rows // -(-rows // most)) if rows else 1
 
 
 def fused_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, shaping: Shaping) -> Tensor:
@@ -72,8 +81,8 @@ class _Fused(torch.autograd.Function):
     ) -> Tensor:
         losses = torch.empty(len(targets), dtype=wide(hidden.dtype), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = chunk_rows(hidden.device)
-        room = hidden.new_empty(min(rows, len(targets)), len(weight))
+        rows = _chunk(len(targets), weight)
+        room = hidden.new_empty(rows, len(weight))
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
             logits = _product(hidden[part], weight, bias, room[: len(targets[part])])
