@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -51,6 +52,7 @@ def _run(config: Config, folder: RunFolder, resume: bool, before: bool) -> Path:
     if folder.is_finished:
         say(f"{folder.path}: this run is finished; nothing to do")
         return folder.path
+    libraries = _seconds_of_libraries()
     prepared = prepare(config)
     for line in prepared.lines():
         say(line)
@@ -59,8 +61,19 @@ def _run(config: Config, folder: RunFolder, resume: bool, before: bool) -> Path:
         _check_data(folder, prepared)
         with _withdrawn_on_error(folder, config):
             ready = _make_ready(prepared, folder)
-        _carry_out(ready, folder, resume, before)
+        _carry_out(ready, folder, resume, before, libraries)
     return folder.path
+
+
+def _seconds_of_libraries() -> float:
+    """Imports what every run needs and takes longest, and answers how long it took."""
+    began = time.monotonic()
+    import torch
+    import transformers
+    from transformers import modeling_utils, tokenization_utils_tokenizers
+
+    del torch, transformers, modeling_utils, tokenization_utils_tokenizers
+    return time.monotonic() - began
 
 
 def say(line: str) -> None:
@@ -112,6 +125,7 @@ def _make_ready(prepared: Prepared, folder: RunFolder) -> _Ready:
     from tunesmith.run.judging_heads import judge_of
     from tunesmith.run.planning import plan_run
     from tunesmith.train.precision import resolve
+    from tunesmith.train.probe import choose_threads
 
     config = prepared.config
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
@@ -119,7 +133,7 @@ def _make_ready(prepared: Prepared, folder: RunFolder) -> _Ready:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # a resumed run computes as it began, wherever it goes on
     compute = folder.facts.get("precision") or resolve(config.precision)
-    say(_how(compute))
+    say(_how(compute, choose_threads()))
     plan = plan_run(prepared)
     write_atomic(folder.path / "plan.json", canonical_json(plan.as_dict(), indent=1) + "\n")
     _print(show_plan(plan.as_dict()))
@@ -132,23 +146,26 @@ def _make_ready(prepared: Prepared, folder: RunFolder) -> _Ready:
     return _Ready(prepared, loaded, judge_of(prepared, folder.path))
 
 
-def _how(compute: str) -> str:
-    """In what numbers and on how many threads; on a busy machine threads wait for each other, which is pointed out."""
+def _how(compute: str, gain: float) -> str:
+    """In what numbers and on how many threads, and what these are worth now."""
     import torch
 
     threads, load = torch.get_num_threads(), os.getloadavg()[0]
     line = f"computing in {compute} on {threads} thread{'s' if threads > 1 else ''}"
+    if gain > 1:
+        return f"{line}, {gain:.1f} times as fast as one now"
     if threads > 1 and load > threads / 2:
         line += f"; this machine is busy (load {load:.1f}): OMP_NUM_THREADS=1 may be faster"
     return line
 
 
-def _carry_out(ready: _Ready, folder: RunFolder, resume: bool, before: bool) -> None:
+def _carry_out(ready: _Ready, folder: RunFolder, resume: bool, before: bool, libraries: float) -> None:
     from tunesmith.evaluate.report import write_report
     from tunesmith.models.policy import Policy
 
     prepared, loaded, judge = ready.prepared, ready.loaded, ready.judge
     config = prepared.config
+    say(_started(libraries))
     if before:
         judge.before(loaded)
     adapter = config.method.attach(loaded, seed=config.train.seed)
@@ -161,6 +178,14 @@ def _carry_out(ready: _Ready, folder: RunFolder, resume: bool, before: bool) -> 
     report = write_report(folder.path)
     judge.print_table()
     say(f"\nsaved {saved}\nreport {report}\nnext: {_next(prepared, folder)}")
+
+
+def _started(libraries: float) -> str:
+    """How long the program took until all is there to work with, its libraries apart."""
+    import psutil
+
+    took = time.time() - psutil.Process().create_time()
+    return f"ready after {took - libraries:.1f} s, and {libraries:.1f} s more to import torch and transformers"
 
 
 def _next(prepared: Prepared, folder: RunFolder) -> str:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from tunesmith.train.probe import is_bf16_faster
+
 if TYPE_CHECKING:
     from tunesmith.train.section import PrecisionSection
 
@@ -22,15 +24,12 @@ log = logging.getLogger(__name__)
 
 
 def resolve(section: PrecisionSection, device: torch.device | str = "cpu") -> Literal["fp32", "bf16"]:
-    """The compute format that `auto` stands for on a device: bf16 where its hardware multiplies in it."""
+    """The compute format that `auto` stands for on a device: bf16 where its hardware multiplies faster in it."""
     if section.compute != "auto":
         return section.compute
     if torch.device(device).type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    has = torch.backends.mkldnn.is_available() and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
-    return "bf16" if has else "fp32"
+    return "bf16" if is_bf16_faster() else "fp32"
 
 
 class Precision:
