@@ -54,11 +54,10 @@ typedef struct { /* out (+)= scale a' b, a [t, m], b [t, n]; out [m, n], or [n, 
 #ifdef TUNESMITH_TILES
 #include <sys/syscall.h>
 
-#define GROUP_BYTES (768 << 10) /* packed weight that stays in the second cache */
-#ifndef NEAR
-#define NEAR 18
-#endif
-#define LONGEST 1024            /* rows of one partial sum in ts_tn */
+#define GROUP_BYTES (1280 << 10) /* packed weight that stays in the second cache */
+#define GROUP_PANELS 30          /* more would leave the other operand's rows no place in it */
+#define NEAR 18                  /* steps of a block of rows that stay in the first cache */
+#define LONGEST 256              /* rows of one partial sum in ts_gradient */
 
 /* Linux lends the tiles' registers only to processes that ask. */
 int ts_has_amx(void) {
@@ -77,7 +76,7 @@ typedef struct {
 
 static Deal deal_out(long columns, long rows, size_t panel_bytes, int threads) {
     Deal d = {.columns = columns, .rows = rows, .across = threads, .down = 1};
-    d.most = GROUP_BYTES / (long)panel_bytes;
+    d.most = least(GROUP_BYTES / (long)panel_bytes, GROUP_PANELS);
     if (d.most < 1) d.most = 1;
     const double even = (double)columns / (threads * ((columns + threads - 1) / threads));
     const double other = (double)rows / (threads * ((rows + threads - 1) / threads)) * rows / (rows + 2.0);
@@ -213,7 +212,8 @@ static void rows_by_panels(const Product *p, long row, long rows, long first, lo
 /* Panels [first, last) for the row blocks [from, to), in groups of at most `most` panels. */
 static int product_part(const Product *p, long first, long last, long from, long to, long most) {
     const long steps[2] = {TILE_STEPS(p->pairs[0].k), TILE_STEPS(p->pairs[1].k)}, all = steps[0] + steps[1];
-    most = least(most, last - first);
+    const long groups = (last - first + most - 1) / most; /* of one size, as nearly as can be */
+    most = groups ? (last - first + groups - 1) / groups : 1;
     char *at = ts_scratch((size_t)most * 4096 + (size_t)(most + 2) * all * TILE_STEP);
     if (!at) return 1;
     float *sums = (float *)at;
@@ -275,8 +275,8 @@ static void add_block(const Gradient *g, float *sums, long row, long rows, long 
 
 /* Panels [first, last) for the row blocks [from, to), LONGEST rows of t at a time. */
 static int gradient_part(const Gradient *g, long first, long last, long from, long to) {
-    const long steps = least(TILE_STEPS(g->t), LONGEST / 32), pitch = steps * TILE_STEP;
-    const long most = least(last - first, 8), kept = least(to - from, 4);
+    const long steps = least(TILE_STEPS(g->t), LONGEST / 32), pitch = steps * TILE_STEP + 192; /* apart in the cache */
+    const long most = least(last - first, 32), kept = least(to - from, 4);
     char *at = ts_scratch(4096 + (size_t)(most + kept) * pitch);
     if (!at) return 1;
     float *sums = (float *)at;
