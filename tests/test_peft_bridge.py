@@ -127,16 +127,24 @@ def test_bridged_and_own_adapters_act_together_and_apart() -> None:
         assert torch.equal(answers(loaded), told[("second",)])
 
 
-def test_a_start_is_made_of_the_base_whatever_stands_in_its_place() -> None:
-    """Kills: a table that looks at another adapter's trained copy (OSF begins at the weights themselves)."""
-    starts = []
-    for also in ((), ("q",)):
+@pytest.mark.parametrize("kind", ["OSF", "SHIRA", "GLORA", "LN_TUNING", "TRAINABLE_TOKENS", "MULTITASK_PROMPT_TUNING"])
+def test_what_it_makes_of_the_base_is_the_base_whatever_stands_in_its_place(kind: str) -> None:
+    """Kills: a layer that reads another adapter's trained copy, at the start (OSF) or in every pass (SHIRA)."""
+    told = []
+    for also in ((), ("q", "norm", "embed")):
         loaded = tiny_loaded("llama")
         other = LoRA(rank=2, targets=("v",), also_train=also).attach(loaded, "other")
         disturb(other)
-        adapter = bridged("OSF").attach(loaded, "mine")
-        starts.append(list(adapter.parameters.values()))
-    assert all(torch.equal(one, two) for one, two in zip(*starts, strict=True))
+        adapter = bridged(kind).attach(loaded, "mine")
+        for value in adapter.parameters.values():
+            value.data += 0.1
+        with Route(("mine",)).enter():
+            told.append(answers(loaded))
+        with Route(("other",)).enter():
+            beside = answers(loaded)
+        adapter.detach()
+        assert torch.equal(answers(loaded), beside)
+    assert torch.equal(*told)
 
 
 def test_a_factor_of_the_embedding_is_applied_once(tmp_path: Path) -> None:

@@ -101,8 +101,7 @@ class Peft(Method):
         from tunesmith.adapt.peft_layers import Layer
 
         assert isinstance(insert, Layer)
-        change: Tensor = insert.answer(x) - insert.port.base(x)
-        return change.to(y.dtype)
+        return insert.change(x).to(y.dtype)
 
     def penalty(self, adapter: Adapter) -> Tensor | None:
         """What ADALORA adds to the loss."""

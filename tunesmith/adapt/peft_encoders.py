@@ -21,7 +21,7 @@ from tunesmith.adapt.peft_config import as_config_error, as_json, made, method_o
 from tunesmith.adapt.vectors import embedding_place
 from tunesmith.core.errors import AdapterError
 from tunesmith.core.rng import seed_for
-from tunesmith.models.copies import settle
+from tunesmith.models.copies import as_base, swap_of
 from tunesmith.models.ports import Insert, Keys, Port, SoftTokens
 
 if TYPE_CHECKING:
@@ -176,20 +176,16 @@ def _key_places(loaded: Loaded) -> list[Target]:
 
 def _encoder(kind: str, settings: Any, loaded: Loaded, place: Target, seed: int) -> Any:
     """peft's encoder, float32 on the device of the model."""
-    undo = settle(loaded.model, ())
-    try:
-        module: Any = loaded.model.get_submodule(place.path)
-        bare: Any = module.base if isinstance(module, Port) else module
-        with torch.random.fork_rng(), warnings.catch_warnings(), as_config_error(kind):
-            warnings.simplefilter("ignore")
-            torch.manual_seed(seed_for(seed, "init", "peft"))
-            settings = _prepare_prompt_learning_config(settings, loaded.config.to_dict())
-            make: Any = peft.PEFT_TYPE_TO_TUNER_MAPPING[PeftType(kind)]
-            # the last two begin as words; without weights any will do
-            words = nn.Embedding(*bare.weight.shape) if bare.weight.is_meta else bare
-            encoder = make(settings) if kind in ("CARTRIDGE", "P_TUNING") else make(settings, words)
-    finally:
-        undo()
+    module: Any = loaded.model.get_submodule(place.path)
+    bare: Any = module.base if isinstance(module, Port) else module
+    with torch.random.fork_rng(), warnings.catch_warnings(), as_base(swap_of(bare)), as_config_error(kind):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed_for(seed, "init", "peft"))
+        settings = _prepare_prompt_learning_config(settings, loaded.config.to_dict())
+        make: Any = peft.PEFT_TYPE_TO_TUNER_MAPPING[PeftType(kind)]
+        # the last two begin as words; without weights any will do
+        words = nn.Embedding(*bare.weight.shape) if bare.weight.is_meta else bare
+        encoder = make(settings) if kind in ("CARTRIDGE", "P_TUNING") else make(settings, words)
     encoder.__dict__["settings"] = settings
     return encoder.float().to(bare.weight.device)
 

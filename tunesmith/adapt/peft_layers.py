@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tunesmith.adapt.peft_config import NAME, as_config_error, as_json, made, method_of, seed_of, stored
 from tunesmith.core.errors import AdapterError, ConfigError
 from tunesmith.core.rng import seed_for
-from tunesmith.models.copies import base_parameter, settle
+from tunesmith.models.copies import as_base, base_parameter, swap_of, swaps
 from tunesmith.models.ports import INSERTS, Insert, Port, port_kind, ports
 
 if TYPE_CHECKING:
@@ -60,8 +60,14 @@ class Layer(Insert):
         """What is owned."""
         return {name: value for name, value in self.named_parameters() if name in self.owned}
 
-    def answer(self, x: Tensor) -> Tensor:
-        """What the layer says of x, instead of its module."""
+    def change(self, x: Tensor) -> Tensor:
+        """What the layer says of x, less what its module does."""
+        base = self.port.base
+        with as_base(swap_of(base)):  # some layers read the weights of their module
+            said: Tensor = self._answer(x) - base(x)
+        return said
+
+    def _answer(self, x: Tensor) -> Tensor:
         kind = type(self.tuner).__module__.split(".")[-2]
         if kind in _NO_TRACE and isinstance(x, FakeTensor):
             return self._imitated(x)
@@ -158,15 +164,16 @@ def _attach(method: Peft, config: Mapping[str, Any], loaded: Loaded, name: str, 
 def _wrapped(kind: str, config: Mapping[str, Any], loaded: Loaded, seed: int) -> tuple[Any, dict[str, Any]]:
     """peft's model around a skeleton, and its layers by the name of the module that each stands for."""
     settings = made(kind, config, loaded)
-    undo = settle(loaded.model, ())  # another adapter's copies are not the base
-    try:
-        skeleton = _skeleton(loaded.model, kind in _LOOK)
-        with torch.random.fork_rng(), warnings.catch_warnings(), as_config_error(kind):
-            warnings.simplefilter("ignore")
-            torch.manual_seed(seed_for(seed, "init", "peft"))
-            whole = peft.PeftModel(skeleton, settings, NAME)
-    finally:
-        undo()
+    skeleton = _skeleton(loaded.model, kind in _LOOK)
+    with (
+        torch.random.fork_rng(),
+        warnings.catch_warnings(),
+        as_base(*swaps(loaded.model)),  # another adapter's copies are not the base
+        as_config_error(kind),
+    ):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed_for(seed, "init", "peft"))
+        whole = peft.PeftModel(skeleton, settings, NAME)
     found = {path: module for path, module in skeleton.named_modules() if isinstance(module, BaseTunerLayer)}
     if not found:
         raise ConfigError("the settings put no layer anywhere", where="method.config")

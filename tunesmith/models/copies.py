@@ -8,6 +8,7 @@ module runs. So the base is always there, tied as it was, and adapters with copi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -91,6 +92,21 @@ def run_base(module: nn.Module, x: Tensor, **instead: Tensor) -> Tensor:
     else:
         found = module(x)
     return found
+
+
+@contextmanager
+def as_base(*held: Swap | None) -> Iterator[None]:
+    """Modules as the base has them, for code that reads their tensors or copies them; None holds no copies."""
+    old = [(swap, {leaf: swap.module._parameters[leaf] for leaf in swap.base}) for swap in held if swap is not None]
+    for swap, _ in old:
+        swap.module._parameters.update(swap.base)
+        swap.module.__dict__["forward"] = swap.plain
+    try:
+        yield
+    finally:
+        for swap, table in old:
+            swap.module._parameters.update(table)
+            swap.module.__dict__["forward"] = swap
 
 
 def sharing(model: nn.Module, path: str) -> list[str]:
