@@ -1,7 +1,7 @@
-"""One side of `sft.py`: tunesmith's own trainer, policy and LoRA on the steps in a file.
+"""tunesmith's side of benchmarks: its own trainer, policy and methods on the steps in a file.
 
-`ours.py prepare SETTINGS` writes these steps: rows that tunesmith's data layer has made into tokens, and fresh
-factors, so that both sides start from the same numbers. `ours.py train SETTINGS` trains, a block at a time.
+`ours.py prepare SETTINGS` writes these steps (`rows.py`) and, for LoRA, fresh factors, so that both sides start from
+the same numbers. `ours.py train SETTINGS` trains, a block at a time.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.turns import Measured, Turns, peak_bytes
+from benchmarks.rows import make_steps
+from benchmarks.turns import Measured, Turns, ceiling, counting, peak_bytes
 
 
 @dataclass
@@ -26,6 +26,19 @@ class Tuned:
 
     parameters: dict[str, Any]
     policy: Any
+
+
+@dataclass
+class InOrder:
+    """Rows one after another, as a mixture."""
+
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def pick(self, epoch: int, position: int) -> tuple[int, int]:
+        return 0, position
 
 
 def main(command: str, path: str) -> None:
@@ -38,50 +51,41 @@ def main(command: str, path: str) -> None:
 
 
 def prepare(settings: dict[str, Any]) -> None:
-    """Writes steps.json, init.safetensors and answers what theirs needs to know."""
+    """Writes steps.json, init-SEED.safetensors and answers what theirs needs to know."""
     from safetensors.torch import save_file
 
     from tunesmith.models.load import load
 
     folder = Path(settings["folder"])
     loaded = load(settings["model"])
-    adapter = method(settings).attach(loaded, seed=0)
-    places = {port.path: insert for port, _, insert in adapter.inserts()}
-    save_file({place: insert["A"].detach() for place, insert in places.items()}, folder / "init.safetensors")
-    steps = make_steps(settings, loaded.folder)
+    places: list[str] = []
+    trainable = 0
+    for seed in settings.get("seeds", [0]):
+        adapter = attached(settings | {"seed": seed}, loaded)
+        trainable = sum(parameter.numel() for parameter in adapter.parameters.values())
+        if settings["method"]["kind"] == "lora":
+            inserts = {port.path: insert for port, _, insert in adapter.inserts()}
+            places = list(inserts)
+            factors = {place: insert["A"].detach() for place, insert in inserts.items()}
+            save_file(factors, folder / f"init-{seed}.safetensors")
+            adapter.detach()
+    steps = make_steps(settings | {"seed": 0}, loaded.folder)
     (folder / "steps.json").write_text(json.dumps(steps))
-    trainable = sum(parameter.numel() for parameter in adapter.parameters.values())
-    told = {"model_folder": str(loaded.folder), "places": list(places), "steps": len(steps), "trainable": trainable}
+    told = {"model_folder": str(loaded.folder), "places": places, "steps": len(steps), "trainable": trainable}
     (folder / "prepared.json").write_text(json.dumps(told))
 
 
-def make_steps(settings: dict[str, Any], folder: Path) -> list[list[dict[str, Any]]]:
-    """The rows of every update, in the run's order: token ids and which of them are supervised."""
-    from tunesmith.data.codec import Codec
-    from tunesmith.data.dataset import open_data
-    from tunesmith.data.order import Mixture
-    from tunesmith.data.pack import Sizes, StepStream
-    from tunesmith.data.section import DataSection
+def attached(settings: dict[str, Any], loaded: Any) -> Any:
+    """The method of the settings on a model."""
+    from tunesmith.adapt.methods import METHODS
 
-    section = DataSection(train=settings["data"], max_length=settings["max_length"])
-    data = open_data(section.train, section, Codec.open(folder))
-    stream = StepStream(Mixture(data.sizes, data.weights), data.example, Sizes(rows_per_step=settings["rows"]))
-    return [
-        [{"ids": list(row.ids), "supervised": list(row.supervised)} for row in step.micro_batches[0]]
-        for step in islice(stream, settings["steps"])
-    ]
-
-
-def method(settings: dict[str, Any]) -> Any:
-    """LoRA as both sides have it."""
-    from tunesmith.adapt.lora import LoRA
-
-    return LoRA(rank=settings["rank"], alpha=2.0 * settings["rank"], targets=tuple(settings["targets"]))
+    return METHODS.load(settings["method"]["kind"])(**settings["method"]).attach(loaded, seed=settings.get("seed", 0))
 
 
 def train(settings: dict[str, Any]) -> None:
     """Trains on the steps that are named, in turns with the other side."""
-    turns = Turns()
+    compute = settings["variant"]
+    turns = Turns(lambda: ceiling(settings["precision"]))
     from tunesmith.models.load import load
     from tunesmith.models.policy import Policy
     from tunesmith.objectives.sft import SFT
@@ -89,9 +93,8 @@ def train(settings: dict[str, Any]) -> None:
     from tunesmith.train.trainer import train as tunesmith_train
 
     imported = peak_bytes()
-    compute = "fp32" if settings["variant"] == "fp32" else "bf16"
     loaded = load(settings["model_folder"], dtype=compute)
-    adapter = method(settings).attach(loaded, seed=0)
+    adapter = attached(settings, loaded)
     tuned = Tuned(adapter.parameters, Policy(loaded, adapter.route))
     loaded_bytes = peak_bytes()
     steps = list(read_steps(settings))
@@ -103,9 +106,11 @@ def train(settings: dict[str, Any]) -> None:
     def observe(record: dict[str, Any]) -> None:
         turns.step(Measured(record["loss"], record["supervised_tokens"]), record["step"] == len(steps))
 
-    turns.tell(imports_bytes=imported, loaded_bytes=loaded_bytes, what=f"weights {loaded.model.dtype}")
+    trained = sum(parameter.numel() for parameter in adapter.parameters.values())
+    what = f"weights {loaded.model.dtype}, {trained} numbers train"
+    turns.tell(imports_bytes=imported, loaded_bytes=loaded_bytes, what=what, trained=trained)
     turns.begin()
-    with tempfile.TemporaryDirectory() as run:
+    with tempfile.TemporaryDirectory() as run, counting(turns, loaded.model, settings.get("count", False)):
         tunesmith_train(
             tuned, lambda cursor: iter(steps), SFT(), section, PrecisionSection(compute=compute), Path(run),
             total_steps=len(steps), observers=[observe],
@@ -113,24 +118,24 @@ def train(settings: dict[str, Any]) -> None:
 
 
 def read_steps(settings: dict[str, Any]) -> Iterator[Any]:
-    """The steps as the trainer takes them."""
+    """The steps as the trainer takes them, cut into micro-batches as tunesmith's data layer cuts them."""
     from tunesmith.data.encode import Example
-    from tunesmith.data.pack import Cursor, Step
 
     kept = json.loads((Path(settings["folder"]) / "steps.json").read_text())
     for number, index in enumerate(settings["use"], 1):
         rows = [Example(row["ids"], row["supervised"], f"row:{index}.{n}") for n, row in enumerate(kept[index])]
-        yield Step(number, cut(rows, settings["micro_tokens"]), Cursor(0, number), 0.0)
+        yield cut(rows, number, settings["micro_tokens"])
 
 
-def cut(rows: list[Any], most_tokens: int) -> list[list[Any]]:
-    """Rows of a step as micro-batches of at most so many tokens, at least one row."""
-    found: list[list[Any]] = [[]]
-    for row in rows:
-        if found[-1] and sum(len(one.ids) for one in found[-1]) + len(row.ids) > most_tokens:
-            found.append([])
-        found[-1].append(row)
-    return found
+def cut(rows: list[Any], number: int, micro_tokens: int) -> Any:
+    """One step of these rows."""
+    from dataclasses import replace
+
+    from tunesmith.data.pack import Cursor, Sizes, StepStream
+
+    sizes = Sizes(tokens_per_step=sum(len(row.ids) for row in rows), micro_batch_tokens=micro_tokens)
+    stream: Any = StepStream(InOrder(len(rows)), lambda source, row: rows[row], sizes, epochs=1)  # type: ignore[arg-type]
+    return replace(next(iter(stream)), number=number, cursor=Cursor(0, number), epoch=0.0)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What this machine can do, and the least that a step can cost: python benchmarks/roofline.py [--json]
 
-Measured: matrix products in bfloat16 and float32, large and square and at a model's shapes, and copying, with one
-thread and with all. Counted: the multiplications and additions that no exact method can leave out, and the bytes that
-have to move. The larger of the two times is the floor of a step; `share of the ceiling` elsewhere means these FLOPs over
-the seconds that a step took, over the large square product.
+Measured: matrix products in bfloat16 and float32, square ones and at a model's shapes, and copying, with one thread and
+with all; the fastest product is the ceiling. Counted: the multiplications and additions that no exact method can leave
+out, and the bytes that have to move. The larger of the two times is the floor of a step. `share of the ceiling`
+elsewhere means these FLOPs over the seconds that a step took, over a ceiling measured around it (`turns.ceiling`).
 
 Source of the counts: 2 a product forward, 2 for the gradient of its input, 2 for that of a weight that trains
 (Kaplan et al. 2020, arXiv 2001.08361); attention is causal and its backward computes the scores again (5 products
@@ -22,14 +22,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.workers import described, machine
 from tunesmith.plan.shape import ModelShape, lora_parameters, read_shape
 
 ALL_MAPS = ("q", "k", "v", "o", "gate", "up", "down")
-LARGE = 2048
+SQUARES = {f"{size} cubed": (size, size, size) for size in (1024, 2048)}
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "num_attention_heads": 32}
 # configurations for which no weights are needed
 SHAPES: dict[str, dict[str, Any]] = {
@@ -206,7 +205,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     shape = shape_of(options.model)
-    shapes = {"large": (LARGE, LARGE, LARGE), **product_shapes(shape, options.tokens)}
+    shapes = {**SQUARES, **product_shapes(shape, options.tokens)}
     counts = sorted({1, options.threads})
     rates: dict[str, dict[str, dict[str, float]]] = {}
     for threads in counts:
@@ -233,7 +232,7 @@ def floors(
     for task, rank in (("LoRA", options.rank), ("full", 0)):
         for dtype, size in (("bf16", 2), ("fp32", 4)):
             work = step_work(shape, lengths, supervised, rank=rank, prefix=options.prefix, item_bytes=size)
-            ceiling, bandwidth = rates[dtype]["large"], rates["copy"]["bytes_per_second"]
+            ceiling, bandwidth = max(rates[dtype].values()), rates["copy"]["bytes_per_second"]
             seconds = work.seconds(ceiling, bandwidth)
             found[f"{task} {dtype}"] = {
                 "flops": work.flops, "flops_per_token": work.flops / sum(lengths), "bytes": work.bytes,
@@ -253,7 +252,7 @@ def tables(result: dict[str, Any]) -> str:
         for dtype in ("bf16", "fp32"):
             for count in counts:
                 rates = result["rates"][count][dtype]
-                cells.append(f"{rates[name] / 1e9:,.0f} ({100 * rates[name] / rates['large']:.0f} %)")
+                cells.append(f"{rates[name] / 1e9:,.0f} ({100 * rates[name] / max(rates.values()):.0f} %)")
         lines.append(f"| {' | '.join(cells)} |")
     copies = (f"{result['rates'][count]['copy']['bytes_per_second'] / 1e9:.1f} ({count})" for count in counts)
     lines += ["", f"copy, GB/s read and written (threads): {', '.join(copies)}", ""]

@@ -1,7 +1,7 @@
-"""The other side of `sft.py`: trl's SFTTrainer with peft's LoRA, through `train()`, on the same steps.
+"""The other side of benchmarks: trl's SFTTrainer, with peft's LoRA or everything training, on the same steps.
 
-Rows reach it as token ids with labels, the form its own preparation ends in. What it is set to is in VARIANTS; that
-accelerate's autocast is on inside the model is asserted in the first step.
+It goes through its own `train()`. Rows reach it as token ids with labels, the form its own preparation ends in. What
+it is set to is in VARIANTS; that accelerate's autocast is on inside the model is asserted in the first step.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.turns import Measured, Turns, peak_bytes
+from benchmarks.turns import Measured, Turns, ceiling, counting, peak_bytes
 
 IGNORE = -100
+ROWS_BY_DEFAULT = 8  # of a forward pass, in trl's settings
 # layout: `packed` one row of documents with their lengths (what packing="bfd" makes), `free` padding-free, `padded`;
 # micro: rows a forward pass, 0 for all rows of the step; numbers: amp (fp32 weights, bf16 autocast), bf16, fp32
 VARIANTS: dict[str, dict[str, Any]] = {
-    "defaults": {"layout": "padded", "micro": 0, "numbers": "amp", "checkpointing": True},
+    "defaults": {"layout": "padded", "micro": ROWS_BY_DEFAULT, "numbers": "amp", "checkpointing": True},
     "padded": {"layout": "padded", "micro": 0, "numbers": "amp"},
     "packing": {"layout": "packed", "micro": 0, "numbers": "amp"},
-    "packing-bf16": {"layout": "packed", "micro": 0, "numbers": "bf16"},
-    "packing-fp32": {"layout": "packed", "micro": 0, "numbers": "fp32"},
     "padding-free": {"layout": "free", "micro": 0, "numbers": "amp"},
     "padding-free-4": {"layout": "free", "micro": 4, "numbers": "amp"},
     "padding-free-2": {"layout": "free", "micro": 2, "numbers": "amp"},
     "one-row": {"layout": "padded", "micro": 1, "numbers": "amp"},
 }
+for _name in ("padded", "packing", "padding-free", "padding-free-4", "padding-free-2", "one-row"):
+    VARIANTS |= {f"{_name}-{_numbers}": VARIANTS[_name] | {"numbers": _numbers} for _numbers in ("bf16", "fp32")}
 
 
 def main(command: str, path: str) -> None:
@@ -38,39 +39,48 @@ def main(command: str, path: str) -> None:
     import torch
 
     torch.set_num_threads(settings["threads"])
-    turns = Turns()
+    turns = Turns(lambda: ceiling(settings["precision"]))
     with tempfile.TemporaryDirectory() as run:
         trainer = build(settings, turns, run)
         turns.begin()
-        trainer.train()
+        with counting(turns, trainer.model, settings.get("count", False)):
+            trainer.train()
 
 
 def build(settings: dict[str, Any], turns: Turns, run: str) -> Any:
     """The trainer, with the same factors and order of rows as the other side."""
     import torch
     from datasets import Dataset
-    from peft import LoraConfig
     from transformers import AutoTokenizer
     from trl import SFTTrainer
 
     imported = peak_bytes()
     variant = VARIANTS[settings["variant"]]
     folder = settings["model_folder"]
-    trainer = counting(SFTTrainer, turns, len(settings["use"]))(
+    trainer = noting(SFTTrainer, turns, len(settings["use"]))(
         model=folder,
         args=arguments(settings, variant, run),
         train_dataset=Dataset.from_list(rows(settings, variant["layout"])),
         processing_class=AutoTokenizer.from_pretrained(folder),
-        peft_config=LoraConfig(
-            r=settings["rank"], lora_alpha=2 * settings["rank"], lora_dropout=0.0, target_modules=settings["places"]
-        ),
+        peft_config=lora(settings),
     )
-    copy_factors(trainer.model, Path(settings["folder"]) / "init.safetensors")
-    weights = next(p for n, p in trainer.model.named_parameters() if not p.requires_grad).dtype
+    if settings["method"]["kind"] == "lora":
+        copy_factors(trainer.model, Path(settings["folder"]) / f"init-{settings.get('seed', 0)}.safetensors")
+    weights = next(p for n, p in trainer.model.named_parameters() if "lora_" not in n).dtype
     assert weights == (torch.bfloat16 if variant["numbers"] == "bf16" else torch.float32)
     trainer.wanted_autocast = variant["numbers"] == "amp"
     turns.tell(imports_bytes=imported, loaded_bytes=peak_bytes(), what=f"weights {weights}, {variant}")
     return trainer
+
+
+def lora(settings: dict[str, Any]) -> Any:
+    """peft's configuration of the method; None where everything trains."""
+    from peft import LoraConfig
+
+    method = settings["method"]
+    if method["kind"] == "full":
+        return None
+    return LoraConfig(r=method["rank"], lora_alpha=method["alpha"], lora_dropout=0.0, target_modules=settings["places"])
 
 
 def arguments(settings: dict[str, Any], variant: dict[str, Any], run: str) -> Any:
@@ -78,7 +88,8 @@ def arguments(settings: dict[str, Any], variant: dict[str, Any], run: str) -> An
     from trl import SFTConfig
 
     packed, free = variant["layout"] == "packed", variant["layout"] == "free"
-    micro = 1 if packed else variant["micro"] or settings["rows"]
+    micro = 1 if packed else min(variant["micro"] or settings["rows"], settings["rows"])
+    assert settings["rows"] % micro == 0, "rows of an update are a multiple of the rows of a forward pass"
     return SFTConfig(
         output_dir=run,
         use_cpu=True,
@@ -87,7 +98,7 @@ def arguments(settings: dict[str, Any], variant: dict[str, Any], run: str) -> An
         gradient_checkpointing=variant.get("checkpointing", False),
         packing=packed,
         padding_free=free,
-        max_length=None if free else 4096,
+        max_length=None if free else 8192,
         dataset_kwargs={"skip_prepare_dataset": True},
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=1 if packed else settings["rows"] // micro,
@@ -125,7 +136,7 @@ def rows(settings: dict[str, Any], layout: str) -> list[dict[str, list[int]]]:
     return found
 
 
-def counting(trainer_class: type, turns: Turns, total: int) -> type:
+def noting(trainer_class: type, turns: Turns, total: int) -> type:
     """The trainer, noting the loss and the supervised tokens of each update, and pausing between blocks."""
     import torch
     from transformers import TrainerCallback
@@ -139,7 +150,7 @@ def counting(trainer_class: type, turns: Turns, total: int) -> type:
             self.trainer.noted_loss = 0.0
             turns.step(done, state.global_step == total)
 
-    class Counting(trainer_class):  # type: ignore[misc]
+    class Noting(trainer_class):  # type: ignore[misc]
         def __init__(self, **more: Any) -> None:
             super().__init__(**more)
             self.noted_loss, self.noted_tokens, self.wanted_autocast = 0.0, 0, True
@@ -159,7 +170,7 @@ def counting(trainer_class: type, turns: Turns, total: int) -> type:
             self.noted_tokens = int(num_items_in_batch)
             return loss
 
-    return Counting
+    return Noting
 
 
 def copy_factors(model: Any, path: Path) -> None:

@@ -10,6 +10,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -32,14 +34,19 @@ class Turns:
     """The worker's end of a pair of pipes; one JSON document a line each way.
 
     Everything a library prints to stdout goes to stderr, so that it cannot get between the lines.
+
+    Args:
+        probe: GFLOP/s that the machine gives right now; asked before and after every block.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, probe: Callable[[], float] = lambda: ceiling()) -> None:
+        self.probe = probe
+        self.live_bytes: Callable[[], int] | None = None
         self.out: IO[str] = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self.steps: list[Measured] = []
         self.left = 0
-        self.ceiling = self.before = 0.0
+        self.before = 0.0
         self.wall = self.cpu = 0.0
 
     def tell(self, **what: Any) -> None:
@@ -53,7 +60,7 @@ class Turns:
         self.left = int(json.loads(line)["steps"]) if line else 0
         if not self.left:
             sys.exit(0)
-        self.before = ceiling()
+        self.before = self.probe()
         self.steps, self.wall, self.cpu = [], time.perf_counter(), time.process_time()
 
     def step(self, done: Measured, last: bool) -> None:
@@ -67,8 +74,9 @@ class Turns:
             steps=[asdict(step) for step in self.steps],
             wall_seconds=wall,
             cpu_seconds=cpu,
-            ceiling_gflops=[self.before, ceiling()],
+            ceiling_gflops=[self.before, self.probe()],
             peak_bytes=peak_bytes(),
+            tensor_bytes=self.live_bytes() if self.live_bytes else None,
         )
         if not last:
             self.begin()
@@ -81,13 +89,24 @@ def peak_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def ceiling() -> float:
-    """What the machine gives right now: GFLOP/s of bfloat16 matrix products, about 30 ms of them."""
-    import torch
+def ceiling(dtype: str = "bf16", device: str = "cpu", size: int = 1024) -> float:
+    """What the machine gives right now: GFLOP/s of matrix products that fit its caches, the best of about 40 ms."""
+    from benchmarks.roofline import product_rate
 
-    a = torch.ones(1024, 1024, dtype=torch.bfloat16)
-    a @ a
-    began = time.perf_counter()
-    for _ in range(3):
-        a @ a
-    return 3 * 2 * 1024**3 / (time.perf_counter() - began) / 1e9
+    return product_rate(size, size, size, dtype, 0.04, device) / 1e9
+
+
+@contextmanager
+def counting(turns: Turns, model: Any, wanted: bool) -> Iterator[None]:
+    """Counts the bytes of tensors alive at once within, those of the model included; too slow to be timed as well."""
+    if not wanted:
+        yield
+        return
+    from tunesmith.plan.trace import LiveStorages
+
+    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    before = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    turns.probe = lambda: 0.0
+    with LiveStorages() as live:
+        turns.live_bytes = lambda: before + live.peak_all_bytes
+        yield
