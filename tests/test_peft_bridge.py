@@ -127,7 +127,7 @@ def test_bridged_and_own_adapters_act_together_and_apart() -> None:
         assert torch.equal(answers(loaded), told[("second",)])
 
 
-@pytest.mark.parametrize("kind", ["OSF", "SHIRA", "GLORA", "LN_TUNING", "TRAINABLE_TOKENS", "MULTITASK_PROMPT_TUNING"])
+@pytest.mark.parametrize("kind", ["OSF", "SHIRA", "GLORA", "LN_TUNING", "TRAINABLE_TOKENS", "CPT"])
 def test_what_it_makes_of_the_base_is_the_base_whatever_stands_in_its_place(kind: str) -> None:
     """Kills: a layer that reads another adapter's trained copy, at the start (OSF) or in every pass (SHIRA)."""
     told = []
