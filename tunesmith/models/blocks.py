@@ -101,7 +101,7 @@ def _block(shape: _Shape, layer: Any, x: Tensor, beside: Tensor | None, rows: Te
     beside = _mapped((attention.o_proj,), beside)
     h, x, make = _normed(shape, layer.post_attention_layernorm, x, beside)
     both = _mapped((mlp.gate_proj, mlp.up_proj), h, make)
-    gate = partial(elementwise.gated, kind=gate_of(shape.config))
+    gate = partial(elementwise.gated, kind=gate_of(shape.config) or "")
     return x, _mapped((mlp.down_proj,), gate(both), Again(gate, (both.detach(),)))
 
 

@@ -24,8 +24,9 @@ from tunesmith.core.errors import ModelError, ResourceError, TunesmithError
 from tunesmith.core.problem import Problem
 from tunesmith.models import attention
 from tunesmith.models.families import Family, family_of
-from tunesmith.models.folder import fingerprint, validate_folder
+from tunesmith.models.folder import fingerprint, validate_folder, weight_files
 from tunesmith.models.onednn import bound_caches
+from tunesmith.models.reading import cast_state
 from tunesmith.models.source import resolve
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -98,17 +99,7 @@ def load(source: str | Path, *, dtype: Dtype = "fp32", device: str | torch.devic
     bound_caches()
     with quiet(), _as_model_error(folder):
         config = _read_config(folder)
-        auto = _auto_class(config)
-        model, info = auto.from_pretrained(
-            folder,
-            config=config,
-            dtype=DTYPES[dtype],
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # reported below, all at once
-            output_loading_info=True,
-        )
+        model, info = _read_model(folder, config, DTYPES[dtype])
         family = family_of(model.config, model)
         _check_loading(info, family, folder)
         _check_finite(model, folder)
@@ -164,6 +155,28 @@ def _as_model_error(folder: Path) -> Iterator[None]:
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"transformers cannot load it: {text[:300]}", where=str(folder)) from error
+
+
+def _read_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The model and what transformers says of its tensors."""
+    auto = _auto_class(config)
+    how: dict[str, Any] = {
+        "config": config,
+        "dtype": dtype,
+        "ignore_mismatched_sizes": True,  # reported by the caller, all at once
+        "output_loading_info": True,
+    }
+    state = cast_state(weight_files(folder), dtype)
+    if state is None:
+        found = auto.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, **how
+        )
+    else:
+        found = auto._model_mapping[type(config)].from_pretrained(None, state_dict=state, **how)
+    model, info = found
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model, info
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:

@@ -319,8 +319,9 @@ def as_map(module: nn.Module) -> Map | None:
     if type(base) is not nn.Linear or base._forward_hooks or (swap is not None and not swap.is_settled()):
         return None
     changes = []
-    for share in module.attached.shares() if isinstance(module, Port) else ():
-        for insert in module.of(share.adapter):
+    port = module if isinstance(module, Port) else None
+    for share in port.attached.shares() if port is not None else ():
+        for insert in port.of(share.adapter) if port is not None else ():
             change = insert.method.low_rank(insert) if share.rows is None and insert.rows is None else None
             if change is None:
                 return None
