@@ -71,11 +71,11 @@ static long least(long a, long b) { return a < b ? a : b; }
 /* How parts of `columns` x `rows` blocks are dealt out: by columns where that is even, so that no panel is packed
    twice, else by rows as well. Each part's panels fit the cache. */
 typedef struct {
-    long columns, rows, across, down, most;
+    long across, down, most;
 } Deal;
 
 static Deal deal_out(long columns, long rows, size_t panel_bytes, int threads) {
-    Deal d = {.columns = columns, .rows = rows, .across = threads, .down = 1};
+    Deal d = {.across = threads, .down = 1};
     d.most = least(GROUP_BYTES / (long)panel_bytes, GROUP_PANELS);
     if (d.most < 1) d.most = 1;
     const double even = (double)columns / (threads * ((columns + threads - 1) / threads));
