@@ -7,7 +7,7 @@ Hu et al. 2021, arXiv 2106.09685, equation 3; the gradients are those of its pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,15 +97,15 @@ class _Layout:
 
 class _Maps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: _Layout, kept: tuple[Tensor, ...], *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layout: _Layout, kept: tuple[Tensor, ...], *tensors: Any) -> Tensor:
         count = len(layout.outputs)
         weights, biases, factors = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         narrow = down = None
         ups = [torch.zeros(0)] * count
         if layout.changes:
-            down = torch.cat([a.to(x.dtype) for a in factors[::2]])  # type: ignore[union-attr]
+            down = torch.cat([a.to(x.dtype) for a in factors[::2]])
             narrow = products.nt(x, down)
-            ups = _ups(layout, factors[1::2], x)  # type: ignore[arg-type]
+            ups = _ups(layout, factors[1::2], x)
         y = products.nt(x, weights, narrow, ups if layout.changes else None, _joined(biases, layout.outputs))
         wants_x = any(ctx.needs_input_grad[3:][:count]) or any(ctx.needs_input_grad[3 + 2 * count :])
         own = () if not wants_x else kept if layout.make is not None else (x,)
@@ -122,9 +122,9 @@ class _Maps(torch.autograd.Function):
         own, weights, rest = saved[: ctx.own], saved[ctx.own : ctx.own + count], saved[ctx.own + count :]
         down, narrow, ups = (rest[0], rest[1], rest[2:]) if rest else (None, None, [])
         dys = dy.split(layout.outputs, -1)
-        thin = _thin(layout, dys, ups, dy) if layout.changes else None
+        thin = products.nn(dy, ups) if layout.changes else None  # the gradient of A x, of all changes
         dx = products.nn(dy, weights, thin, down) if needs[0] else None
-        x = (layout.make(*own) if layout.make is not None else own[0]) if own else None
+        x: Any = (layout.make(*own) if layout.make is not None else own[0]) if own else None
         like = ctx.like
         grads: list[Tensor | None] = [None] * len(like)
         for index in range(count):
@@ -132,14 +132,18 @@ class _Maps(torch.autograd.Function):
                 grads[index] = products.tn(dys[index], x).to(like[index])
             if needs[3 + count + index]:
                 grads[count + index] = dys[index].sum(0, dtype=torch.float32).to(like[count + index])
-        if layout.changes and any(needs[3 + 2 * count :]):
-            both = products.tn(thin, x).split(layout.ranks)
-            narrows = narrow.split(layout.ranks, -1)
-            for number, (index, _, scale) in enumerate(layout.changes):
-                at = 2 * count + 2 * number
-                grads[at] = both[number].to(like[at])
-                grads[at + 1] = products.tn(dys[index], narrows[number], scale=scale).to(like[at + 1])
+        if thin is not None and narrow is not None and any(needs[3 + 2 * count :]):
+            factors = _of_factors(layout, dys, thin, narrow, x)
+            grads[2 * count :] = [grad.to(dtype) for grad, dtype in zip(factors, like[2 * count :], strict=True)]
         return dx, None, None, *grads
+
+
+def _of_factors(layout: _Layout, dys: Sequence[Tensor], thin: Tensor, narrow: Tensor, x: Tensor) -> Iterator[Tensor]:
+    """The gradients of A and B of each change, float32."""
+    parts = zip(products.tn(thin, x).split(layout.ranks), narrow.split(layout.ranks, -1), layout.changes, strict=True)
+    for of_a, inner, (index, _, scale) in parts:
+        yield of_a
+        yield products.tn(dys[index], inner, scale=scale)
 
 
 def _ups(layout: _Layout, factors: Sequence[Tensor], x: Tensor) -> list[Tensor]:
@@ -150,11 +154,6 @@ def _ups(layout: _Layout, factors: Sequence[Tensor], x: Tensor) -> list[Tensor]:
         found[index][:, start : start + rank] = b * scale
         start += rank
     return found
-
-
-def _thin(layout: _Layout, dys: Sequence[Tensor], ups: Sequence[Tensor], dy: Tensor) -> Tensor:
-    """The gradient of A x for all changes: [tokens, all ranks]."""
-    return products.nn(dy, ups)
 
 
 def _joined(biases: Sequence[Tensor | None], outputs: Sequence[int]) -> Tensor | None:
