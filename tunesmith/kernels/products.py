@@ -55,7 +55,7 @@ def plain_nt(
     x: Tensor, w: Weights, x2: Tensor | None = None, w2: Weights | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """The plain twin of `nt`."""
-    y = torch.nn.functional.linear(x, _below(w), bias)
+    y = _side_by_side(x, _several(w), bias)
     if x2 is None or w2 is None or not len(w2):
         return y
     w2s = _several(w2)
@@ -83,7 +83,7 @@ def nn(dy: Tensor, w: Weights, dy2: Tensor | None = None, w2: Weights | None = N
 
 def plain_nn(dy: Tensor, w: Weights, dy2: Tensor | None = None, w2: Weights | None = None) -> Tensor:
     """The plain twin of `nn`."""
-    dx = dy @ _below(w)
+    dx = _summed(dy, _several(w))
     return dx if dy2 is None or w2 is None or not len(w2) else dx + dy2 @ _below(w2)
 
 
@@ -115,6 +115,28 @@ def _several(w: Weights | None) -> list[Tensor]:
 def _below(w: Weights) -> Tensor:
     several = _several(w)
     return torch.cat(several) if len(several) > 1 else several[0]
+
+
+def _side_by_side(x: Tensor, ws: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """x w' + bias of several maps; where no gradient is asked for, without a copy of weights or outputs."""
+    if len(ws) == 1 or torch.is_grad_enabled() or x.dim() != 2:
+        return torch.nn.functional.linear(x, _below(ws), bias)
+    sizes = [w.shape[0] for w in ws]
+    y = x.new_empty(x.shape[0], sum(sizes))
+    for part, w in zip(y.split(sizes, -1), ws, strict=True):
+        torch.mm(x, w.T, out=part)
+    return y if bias is None else y.add_(bias)
+
+
+def _summed(dy: Tensor, ws: Sequence[Tensor]) -> Tensor:
+    """dy w of several maps."""
+    if len(ws) == 1 or torch.is_grad_enabled() or dy.dim() != 2:
+        return dy @ _below(ws)
+    first, *others = zip(dy.split([w.shape[0] for w in ws], -1), ws, strict=True)
+    dx = first[0] @ first[1]
+    for part, w in others:
+        dx.addmm_(part, w)
+    return dx
 
 
 def _dense(w2s: Sequence[Tensor], width: int) -> bool:
