@@ -117,7 +117,7 @@ class Bench:
         pairs = {name: against(turns, name, ours, fresh[name], tensors) for name in rivals}
         return {
             **pairs[best],
-            "defaults": pairs.get("defaults"),
+            "defaults": pairs.get("defaults"),  # which may be its best
             "share_of_ceiling": turns["tunesmith"]["share_of_ceiling"]["median"],
             "runs": {
                 "best": best, "gate": gate, "turns": turns, "tensors": tensors, "fresh": {"tunesmith": ours, **fresh},

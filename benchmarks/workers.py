@@ -119,6 +119,7 @@ def prepared(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 def tiny(folder: Path) -> str:
     """A random llama of a few thousand parameters with a tokenizer, in a folder."""
     sys.path.insert(0, str(ROOT))
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tests.tiny import tiny_tokenizer_folder
@@ -128,7 +129,9 @@ def tiny(folder: Path) -> str:
         vocab_size=384, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, eos_token_id=2, bos_token_id=None, max_position_embeddings=2048,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same model for those who go on with what others began
+        LlamaForCausalLM(config).save_pretrained(folder)
     return str(folder)
 
 
