@@ -128,7 +128,7 @@ def test_sampled_frequencies_are_the_probabilities():
         ranked = chance.sort(descending=True)
         inside = ranked.values.cumsum(0) - ranked.values < top_p
         expected = torch.zeros(4).index_put((ranked.indices[inside],), ranked.values[inside])
-        drawn = Chooser(temperature, top_p, 0, 1)(logits.expand(len(rows), -1), rows, 0)
+        drawn = Chooser(temperature, top_p, 0, 1)(logits.expand(len(rows), -1), rows, [0] * len(rows))
         seen = torch.bincount(drawn, minlength=4) / len(rows)
         assert torch.allclose(seen, expected / expected.sum(), atol=0.025)
         assert not seen[expected == 0].any()
@@ -256,7 +256,7 @@ def test_an_adapter_acts_while_its_route_writes_and_the_route_is_not_left_behind
 
 def test_a_frozen_head_is_multiplied_as_it_lies() -> None:
     """Kills: the last state taken by a slice, for which torch copies all of a frozen bfloat16 head at every prompt."""
-    loaded = tiny_loaded("llama", dtype=torch.bfloat16, vocab_size=1234)
+    loaded = tiny_loaded("qwen3", dtype=torch.bfloat16, vocab_size=1234)
     loaded.model.requires_grad_(False)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as seen:
         generate(loaded, BASE, [[5, 6, 7, 8]], max_new_tokens=2, stop_ids=set())

@@ -38,13 +38,13 @@ class Pages:
 
     def grow(self, count: int) -> None:
         """Makes them `count`; what is in the first ones stays."""
-        self.keys, self.values = (
-            torch.cat([held, held.new_empty(count - len(held), *held.shape[1:])]) for held in (self.keys, self.values)
-        )
+        self.keys, self.values = (_longer(held, count) for held in (self.keys, self.values))
 
-    def copy(self, source: int, target: int) -> None:
-        """Puts what one page holds into another."""
-        self.keys[target], self.values[target] = self.keys[source], self.values[source]
+
+def _longer(held: Tensor, count: int) -> Tensor:
+    found = held.new_empty(count, *held.shape[1:])
+    found[: len(held)] = held
+    return found
 
 
 def keep(pages: Pages, k: Tensor, v: Tensor, places: Tensor) -> None:

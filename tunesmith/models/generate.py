@@ -1,36 +1,34 @@
 """Text from a model: many prompts at once, or one as a stream of tokens.
 
-Rows of similar length share a left-padded batch, padding is known by the mask and never by an id, a prefix that all
-prompts share is read once, and rows that have finished leave. None of it changes what is written. The memory is in
-`cache.py`, the choice of tokens in `sampling.py`, models of other kinds in `delegated.py`.
+Who writes depends on the model: llama-like decoders in `running.py`, where a row that has finished makes room for the
+next, other decoders in padded batches (`padded.py`), models of other kinds through transformers (`delegated.py`). The
+batch changes nothing about what is written. The choice of tokens is in `sampling.py`.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from tunesmith.core.errors import ConfigError, DataError
-from tunesmith.models.cache import SPARE, RowCache
+from tunesmith.models.decode import decoder_of
 from tunesmith.models.delegated import Delegate
 from tunesmith.models.families import setting
 from tunesmith.models.modes import evaluating
+from tunesmith.models.padded import Padded
 from tunesmith.models.route import Route, current_route
+from tunesmith.models.running import Running, Turn
 from tunesmith.models.sampling import Chooser
-from tunesmith.models.soft import PLACEHOLDER, Holes, Layout, Room, layout
+from tunesmith.models.soft import layout
 
 if TYPE_CHECKING:
     from tunesmith.models.load import Loaded
-
-# rows leave once this share of the batch has finished: moving the rest costs about one token of all rows
-_LEAVE = 0.25
 
 
 @dataclass(frozen=True)
@@ -80,18 +78,18 @@ def generate(
     writer = _Writer(loaded, route, max_new_tokens, stop_ids, Chooser(temperature, top_p, seed, max_new_tokens))
     writer.check(whole, batch_size)
     order = sorted(range(len(whole)), key=lambda row: -len(whole[row]))  # longest first: memory fails at once or never
-    found: dict[int, Completion] = {}
+    ids: list[list[int]] = [[] for _ in whole]
+    done = 0
     with evaluating(loaded.model):
         for rows in writer.together(order):
-            if writer.delegated:
-                parts = writer.delegate(whole, rows, batch_size)
-            else:
-                parts = writer.batches(whole, rows, batch_size, len(shared_prefix))
-            for part in parts:
-                found |= part
-                if progress is not None:
-                    progress(len(found), len(whole))
-    return [found[row] for row in range(len(whole))]
+            for turn in writer.turns(whole, rows, batch_size, len(shared_prefix)):
+                for row, token in turn:
+                    ids[row].append(token)
+                ended = sum(writer.has_ended(ids[row]) for row in {row for row, _ in turn})
+                done += ended
+                if ended and progress is not None:
+                    progress(done, len(whole))
+    return [writer.completion(one) for one in ids]
 
 
 def stream(
@@ -109,11 +107,7 @@ def stream(
     writer = _Writer(loaded, route, max_new_tokens, stop_ids, Chooser(temperature, top_p, seed, max_new_tokens))
     writer.check([list(prompt)], 1)
     with evaluating(loaded.model):
-        if writer.delegated:
-            for part in writer.delegate([list(prompt)], [0], 1):
-                yield from part[0].ids
-            return
-        for turn in writer.turns([list(prompt)], [0], None):
+        for turn in writer.turns([list(prompt)], [0], 1, 0):
             for _, token in turn:
                 if token not in stop_ids:
                     yield token
@@ -161,43 +155,26 @@ class _Writer:
                 hint="shorten the prompts or write fewer tokens",
             )
 
-    def batches(
-        self, prompts: list[list[int]], order: list[int], size: int, shared: int
-    ) -> Iterator[dict[int, Completion]]:
-        """The completions of some rows, a few at a time; `shared` tokens of every prompt are the same."""
+    def turns(self, prompts: list[list[int]], order: list[int], size: int, shared: int) -> Iterator[Turn]:
+        """(row number, token) of every row, as they are written; a stop token is a row's last.
+
+        Args:
+            shared: so many tokens of every prompt are the same.
+        """
+        if self.delegated:
+            yield from self._delegate(prompts, order, size)
+            return
         shared = min([shared, *(len(prompt) - 1 for prompt in prompts)])  # each row needs a token of its own
         route = self._route(order)
         if not self._may_pad_inside(prompts) or (route is not None and route.rows):
             shared = 0  # what is read once is read under one route
-        prefix = self._read(prompts[0][:shared], route) if shared > 0 else None
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            ids: dict[int, list[int]] = {row: [] for row in rows}
-            for turn in self.turns([prompts[row] for row in rows], rows, prefix):
-                for row, token in turn:
-                    ids[row].append(token)
-            yield {row: self._completion(ids[row]) for row in rows}
-
-    def turns(
-        self, prompts: list[list[int]], numbers: list[int], prefix: RowCache | None
-    ) -> Iterator[list[tuple[int, int]]]:
-        """(row number, token) of every row that has not ended, token by token; a stop token is a row's last."""
-        rows = _Rows(self.model, self._route(numbers), prompts, prefix, min(self.limit, SPARE))
-        numbers, ended = list(numbers), [False] * len(numbers)
-        logits = self._forward(rows.ids, rows)
-        for turn in range(self.limit):
-            tokens = self.choose(logits, numbers, turn)
-            ids = tokens.tolist()
-            yield [(number, token) for number, token, end in zip(numbers, ids, ended, strict=True) if not end]
-            ended = [end or token in self.stops for end, token in zip(ended, ids, strict=True)]
-            if all(ended) or turn + 1 == self.limit:
-                return
-            if sum(ended) >= _LEAVE * len(ended) and any(ended):
-                staying = [row for row, end in enumerate(ended) if not end]
-                rows.keep(staying)
-                tokens = tokens[torch.tensor(staying, device=tokens.device)]
-                numbers, ended = [numbers[row] for row in staying], [False] * len(staying)
-            logits = self._forward(tokens[:, None], rows)
+        decoder = decoder_of(self.model, self.route if route is not None and route.rows else route)
+        writer: Running | Padded
+        if decoder is None:
+            writer = Padded(self.model, self._route, self.limit, self.stops, self.choose)
+        else:
+            writer = Running(decoder, self.limit, self.stops, self.choose)
+        yield from writer.turns(prompts, order, size, shared)
 
     def together(self, order: list[int]) -> list[list[int]]:
         """Rows that may share a batch: all, or, in a model whose inner shapes are not known, those of one route."""
@@ -215,7 +192,7 @@ class _Writer:
         found = {self.route.of(row) for row in rows}
         return Route(found.pop()) if len(found) == 1 else self.route.select(rows)
 
-    def delegate(self, prompts: list[list[int]], order: list[int], size: int) -> Iterator[dict[int, Completion]]:
+    def _delegate(self, prompts: list[list[int]], order: list[int], size: int) -> Iterator[Turn]:
         """The same through transformers' loop."""
         draw = self.choose
         delegate = Delegate(
@@ -227,29 +204,17 @@ class _Writer:
             seed=draw.seed,
         )
         for rows in delegate.batches(order, size):
-            with torch.no_grad(), _entered(self._route(rows)):
+            route = self._route(rows)
+            with torch.no_grad(), nullcontext() if route is None else route.enter():
                 found = delegate.write([prompts[row] for row in rows], rows)
-            yield {row: self._completion(ids) for row, ids in zip(rows, found, strict=True)}
+            yield [(row, token) for row, ids in zip(rows, found, strict=True) for token in ids]
 
-    @torch.no_grad()
-    def _forward(self, ids: Tensor, rows: _Rows) -> Tensor:
-        """Logits [rows, vocabulary], float32, after ids [rows, new tokens]."""
-        inputs: dict[str, Any] = {"input_ids": ids, **rows.advance(ids.shape[1])}
-        # as an index: what a slice leaves is not contiguous, and a frozen bfloat16 head is then copied to be multiplied
-        last = torch.tensor([ids.shape[1] - 1], device=ids.device)
-        inputs |= {"use_cache": True, "return_dict": True, "logits_to_keep": last}
-        with _entered(rows.route), _entered(rows.holes):
-            output = self.model(**{name: value for name, value in inputs.items() if name in self.accepted})
-        logits: Tensor = output.logits[:, -1]
-        return logits.float()
+    def has_ended(self, ids: list[int]) -> bool:
+        """Whether a row goes on no further."""
+        return len(ids) == self.limit or ids[-1] in self.stops
 
-    def _read(self, prefix: list[int], route: Route | None) -> RowCache:
-        """The cache of the shared prefix, one row."""
-        rows = _Rows(self.model, route, [prefix], None, 0, whole=False)
-        self._forward(rows.ids, rows)
-        return rows.cache
-
-    def _completion(self, ids: list[int]) -> Completion:
+    def completion(self, ids: list[int]) -> Completion:
+        """What was written, without the stop token."""
         stopped = bool(ids) and ids[-1] in self.stops
         return Completion(ids[:-1] if stopped else ids, stopped)
 
@@ -266,78 +231,3 @@ class _Writer:
         room = layout(self.model, self.route, list(map(len, prompts)))
         longest = max(map(len, prompts), default=0) if room is None else max(room.lengths)
         return window is None or longest + self.limit <= int(window)
-
-
-def _entered(what: Route | Holes | None) -> AbstractContextManager[None]:
-    return nullcontext() if what is None else what.enter()
-
-
-class _Rows:
-    """Rows of a batch: what each has read, which columns of the cache are its own, where it stands."""
-
-    def __init__(
-        self,
-        model: Any,
-        route: Route | None,
-        prompts: list[list[int]],
-        prefix: RowCache | None,
-        spare: int,
-        whole: bool = True,
-    ) -> None:
-        device: torch.device = model.device
-        self.route = route
-        shared = 0 if prefix is None else prefix.get_seq_length()
-        room = layout(model, route, [len(prompt) for prompt in prompts])
-        rooms = [Room()] * len(prompts) if room is None else list(room.rooms)
-        if not whole:  # a prompt goes on behind this, and its infix comes then
-            rooms = [replace(one, infix=()) for one in rooms]
-        own = [
-            [*[PLACEHOLDER] * one.before, *prompt, *[PLACEHOLDER] * one.inside][shared:]
-            for one, prompt in zip(rooms, prompts, strict=True)
-        ]
-        width = max(map(len, own))
-        padding = [[0] * (width - len(ids)) for ids in own]
-        self.ids = torch.tensor([[*pad, *ids] for pad, ids in zip(padding, own, strict=True)], device=device)
-        self.cache = RowCache(spare) if prefix is None else prefix.spread(len(own), width + spare)
-        self.spare = spare
-        self.seen = torch.ones(len(own), shared + width, dtype=torch.int64, device=device)
-        for row, pad in enumerate(padding):
-            self.seen[row, shared : shared + len(pad)] = 0
-        self.padded = any(padding)
-        # position of the next column
-        ahead = [one.keys + shared - len(pad) for one, pad in zip(rooms, padding, strict=True)]
-        self.ahead = torch.tensor(ahead, device=device)
-        self.holes = self._holes(room, rooms, [len(pad) for pad in padding], width, shared)
-
-    def _holes(self, room: Layout | None, rooms: list[Room], pads: list[int], width: int, shared: int) -> Holes | None:
-        """Where soft tokens go in the first columns; what the shared prefix holds is written already."""
-        if room is None:
-            return None
-        starts = [row * width + pad - shared for row, pad in enumerate(pads)]
-        if shared:
-            starts = [start + one.before for start, one in zip(starts, rooms, strict=True)]
-            rooms = [replace(one, prefix=()) for one in rooms]
-        return replace(room, rooms=tuple(rooms)).holes((len(rooms), width), starts, self.ids.device)
-
-    def advance(self, tokens: int) -> dict[str, Any]:
-        """The inputs that go with that many new tokens a row."""
-        positions = (self.ahead[:, None] + torch.arange(tokens, device=self.ahead.device)).clamp(min=0)
-        self.ahead = self.ahead + tokens
-        past = self.cache.get_seq_length()
-        if past + tokens > self.seen.shape[1]:
-            more = self.seen.new_ones(len(self.seen), past + tokens + SPARE - self.seen.shape[1])
-            self.seen = torch.cat([self.seen, more], 1)
-        seen = self.seen[:, : past + tokens] if self.padded else None
-        return {"position_ids": positions, "attention_mask": seen, "past_key_values": self.cache}
-
-    def keep(self, staying: list[int]) -> None:
-        """Drops the other rows, and columns in which the remaining ones have only padding."""
-        rows = torch.tensor(staying, device=self.seen.device)
-        past = self.cache.get_seq_length()
-        seen = self.seen[rows, :past]
-        columns = seen.any(0).nonzero()[:, 0]
-        self.cache.keep(rows, columns, self.spare)
-        self.seen = seen[:, columns]
-        self.padded = not bool(self.seen.all())
-        self.ahead = self.ahead[rows]
-        self.route = self.route if self.route is None else self.route.select(staying)

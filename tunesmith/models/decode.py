@@ -1,0 +1,221 @@
+"""Llama-like decoders as writing runs them: maps looked up once, keys and values in pages, nothing kept for a backward.
+
+The one idea: a prompt and a token are the same work on documents end to end, of many tokens or of one, so that prompts
+of any length are read together and rows at any place are written together. Rows may have low-rank adapters of their
+own. Whatever else stands at a place runs through its module. Which rows run, and where their pages are, is
+`running.py`; models of other kinds write in `padded.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.kernels import elementwise, few
+from tunesmith.models import blocks
+from tunesmith.models.copies import swap_of
+from tunesmith.models.ports import Port, attached_to
+from tunesmith.models.route import Route, Segments, current_route
+
+_WRITERS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "GemmaForCausalLM"}
+# rotary tables that depend on nothing but the position
+_ROPES = {"default", "linear", "llama3", "yarn"}
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v -> [tokens, heads, width]
+
+
+def decoder_of(model: Any, route: Route | None) -> Decoder | None:
+    """How a model writes here under a route; None where it does not."""
+    if type(model).__name__ not in _WRITERS or model.device.type != "cpu" or not blocks.fits(model):
+        return None
+    if getattr(model.base_model.rotary_emb, "rope_type", "default") not in _ROPES:
+        return None
+    attached = attached_to(model)
+    acting = attached.settled(current_route() if route is None else route)
+    if any(name in attached.soft or name in attached.keys for name in acting.adapters):
+        return None
+    return Decoder(model, acting, route)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Documents of one forward pass.
+
+    Attributes:
+        lengths: tokens of each.
+        route: of each of them, or of all, for modules that ask.
+        groups: int32 [documents]: which of the decoder's groups each is of; None where there is one.
+    """
+
+    lengths: tuple[int, ...]
+    route: Route | None
+    groups: Tensor | None
+
+    @contextmanager
+    def enter(self, lengths: Sequence[int]) -> Iterator[Tensor | None]:
+        """Lets modules know their rows, of these lengths; gives the group of each token."""
+        groups = self.groups
+        if groups is not None and len(groups) != sum(lengths):
+            groups = groups.repeat_interleave(torch.tensor(lengths))
+        with Segments(tuple(lengths)).enter():
+            if self.route is None:
+                yield groups
+            else:
+                with self.route.enter():
+                    yield groups
+
+
+class Decoder:
+    """A model under one route, which may differ from row to row.
+
+    Args:
+        acting: what is settled: the route without what is merged.
+        route: as the caller said it.
+
+    Attributes:
+        groups: the adapters of rows, each combination once.
+        layers, heads, kv, width, scale: blocks; heads of queries and of keys, their width, the factor of scores.
+        windows: of each layer, how many tokens a query sees; 0 for all.
+    """
+
+    def __init__(self, model: Any, acting: Route, route: Route | None) -> None:
+        self.base, self.config, self.route, self.acting = model.base_model, model.config, route, acting
+        self.groups = list(dict.fromkeys(acting.rows or [acting.adapters]))
+        self.offset, self.gate = blocks.KNOWN[type(self.base).__name__], str(blocks.gate_of(self.config))
+        attention = self.base.layers[0].self_attn
+        self.layers, self.dtype = len(self.base.layers), model.dtype
+        self.heads, self.kv = self.config.num_attention_heads, self.config.num_key_value_heads
+        self.width, self.scale = attention.head_dim, float(attention.scaling)
+        self.windows = [blocks.window_of(self.config, layer.self_attn) or 0 for layer in self.base.layers]
+        self.blocks = [_Block(layer, self) for layer in self.base.layers]
+        self.norm, self.head = _Norm(self.base.norm, self), Product([model.get_output_embeddings()], self)
+
+    def rows(self, numbers: Sequence[int], lengths: Sequence[int]) -> Rows:
+        """Documents of these lengths, for rows that have these numbers in the route."""
+        if not self.acting.rows:
+            return Rows(tuple(lengths), self.route, None)
+        route = self.acting.select(numbers)
+        groups = [self.groups.index(names) for names in route.rows]
+        return Rows(tuple(lengths), route, torch.tensor(groups, dtype=torch.int32))
+
+    def states(self, ids: Tensor, positions: Tensor, rows: Rows, attend: Attend) -> Tensor:
+        """What the last norm gives: [tokens, width], for ids and positions, int64 [tokens]."""
+        with rows.enter(rows.lengths) as groups:
+            x = self.base.embed_tokens(ids[None])
+            cos, sin = (part[0].contiguous() for part in self.base.rotary_emb(x, positions[None]))
+            x, beside = x[0], None
+            for number, block in enumerate(self.blocks):
+                h, x = block.before(x, beside)
+                q, k, v = elementwise.split_rope(block.qkv(h, groups), cos, sin, self.heads, self.kv)
+                beside = block.o(attend(number, q, k, v).flatten(1), groups)
+                h, x = block.between(x, beside)
+                beside = block.down(elementwise.gated(block.both(h, groups), self.gate), groups)
+            return self.norm(x, beside)[0]
+
+    def logits(self, states: Tensor, rows: Rows) -> Tensor:
+        """[documents, vocabulary] in the model's dtype, from a state [documents, width] of each."""
+        with rows.enter((1,) * len(states)) as groups:
+            return self.head(states, groups)
+
+
+class _Block:
+    """What one block is made of."""
+
+    def __init__(self, layer: Any, decoder: Decoder) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.before = _Norm(layer.input_layernorm, decoder)
+        self.between = _Norm(layer.post_attention_layernorm, decoder)
+        self.qkv = Product([attention.q_proj, attention.k_proj, attention.v_proj], decoder)
+        self.o, self.down = Product([attention.o_proj], decoder), Product([mlp.down_proj], decoder)
+        self.both = Product([mlp.gate_proj, mlp.up_proj], decoder)
+
+
+class _Norm:
+    """The norm of a sum, and the sum."""
+
+    def __init__(self, module: Any, decoder: Decoder) -> None:
+        base: Any = module.base if isinstance(module, Port) else module
+        acts = isinstance(module, Port) and any(module.of(name) for name in decoder.acting.adapters)
+        plain = type(base).__name__ in blocks.NORMS and swap_of(base) is None and not acts
+        self.module, self.offset = module, decoder.offset
+        self.weight: Tensor | None = base.weight if plain else None
+        self.eps = float(getattr(base, "variance_epsilon", None) or getattr(base, "eps", None) or 0.0)
+
+    def __call__(self, x: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.weight is None:
+            x = x if beside is None else x + beside
+            return self.module(x), x
+        if beside is None:
+            return elementwise.rms_norm(x, self.weight, self.eps, self.offset), x
+        x, normed = elementwise.add_rms_norm(x, beside, self.weight, self.eps, self.offset)
+        return normed, x
+
+
+class Product:
+    """Maps of one input side by side, with the low-rank changes of each group of rows.
+
+    Where something else acts on one of them, all run through their modules.
+    """
+
+    def __init__(self, modules: Sequence[Any], decoder: Decoder) -> None:
+        self.modules = modules
+        held: list[Any] = [module.base if isinstance(module, Port) else module for module in modules]
+        found = [_pairs(*both, decoder) for both in zip(modules, held, strict=True)]
+        self.plain = all(pairs is not None for pairs in found)
+        if not self.plain:
+            return
+        self.weights: list[Tensor] = [base.weight for base in held]
+        self.biases: list[Tensor] = [base.bias for base in held if base.bias is not None]
+        self.plain = len(self.biases) in (0, len(held))
+        self.sizes = [len(weight) for weight in self.weights]
+        self.factors = [few.Factors(pairs) for pairs in found if pairs is not None]
+        self.down: Tensor | None = None
+        self.ups: list[Tensor] = []
+        if not decoder.acting.rows and any(one.most for one in self.factors):
+            self._alone([one.pairs[0] for one in self.factors])
+
+    def __call__(self, x: Tensor, groups: Tensor | None) -> Tensor:
+        """[tokens, sum of outputs] from x [tokens, inputs]; groups int32 [tokens] where rows differ."""
+        if not self.plain:
+            parts = [module(x) for module in self.modules]
+            return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+        narrow = None if self.down is None else few.nt(x, [self.down])
+        y = few.nt(x, self.weights, narrow, self.ups, self.biases)
+        if groups is not None:
+            for part, factors in zip(y.split(self.sizes, 1), self.factors, strict=True):
+                few.changes(part, x, factors, groups)
+        return y
+
+    def _alone(self, pairs: Sequence[tuple[Tensor, Tensor] | None]) -> None:
+        """One pair of factors for all maps: each adds zero times what the others' first factors give."""
+        ranks = [0 if pair is None else len(pair[0]) for pair in pairs]
+        self.down = torch.cat([pair[0] for pair in pairs if pair is not None])
+        for number, (weight, pair) in enumerate(zip(self.weights, pairs, strict=True)):
+            up = weight.new_zeros(len(weight), sum(ranks))
+            if pair is not None:
+                start = sum(ranks[:number])
+                up[:, start : start + ranks[number]] = pair[1].T
+            self.ups.append(up)
+
+
+def _pairs(module: Any, base: Any, decoder: Decoder) -> list[tuple[Tensor, Tensor] | None] | None:
+    """Factors of each group at a map; None where something else than low-rank changes acts on it."""
+    if type(base) is not nn.Linear or base._forward_hooks or swap_of(base) is not None:
+        return None
+    if not base.weight.is_contiguous():
+        return None
+    found: list[tuple[Tensor, Tensor] | None] = []
+    for names in decoder.groups:
+        inserts = [insert for name in names for insert in (module.of(name) if isinstance(module, Port) else [])]
+        changes = [None if insert.rows is not None else insert.method.low_rank(insert) for insert in inserts]
+        if any(change is None for change in changes):
+            return None
+        dtype = base.weight.dtype
+        a = [change.a.detach().to(dtype) for change in changes if change is not None]
+        b = [(change.b.detach() * change.scale).to(dtype).T for change in changes if change is not None]
+        found.append((torch.cat(a).contiguous(), torch.cat(b).contiguous()) if a else None)
+    return found

@@ -1,0 +1,242 @@
+"""Rows that are written at the same time, and those that wait: whoever has finished makes room for the next at once.
+
+Keys and values lie in pages, which rows take as they grow and give back when they end; pages that hold what all prompts
+begin with are every row's, read once. A row's tokens depend on that row alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from tunesmith.kernels.attention import attention
+from tunesmith.kernels.paged import PAGE, Pages, keep
+from tunesmith.kernels.paged import attention as paged_attention
+from tunesmith.models.decode import Decoder, Rows
+
+# tokens of prompts that are read in one pass, but for a prompt that is longer
+_READ = 2048
+# rows that wait come in when one place in so many is free
+_LEAVE = 8
+Turn = list[tuple[int, int]]  # row numbers and tokens
+
+
+@dataclass
+class _Row:
+    """A row that is written: its number, its pages, tokens in them, those written, and the last one, not yet in."""
+
+    number: int
+    pages: list[int]
+    tokens: int
+    written: int = 0
+    last: int = 0
+
+    def place(self, token: int) -> int:
+        """Where the keys and values of one of its tokens are: number of the page x PAGE + number in it."""
+        return self.pages[token // PAGE] * PAGE + token % PAGE
+
+
+@dataclass
+class _Begun:
+    """What all prompts begin with: full pages, which rows share, and keys and values of all of it by layer."""
+
+    tokens: int
+    pages: list[int]
+    states: list[tuple[Tensor, Tensor]]
+
+
+class Running:
+    """Writes rows with a decoder.
+
+    Args:
+        limit: tokens of a row at most.
+        stops: tokens that end a row.
+        choose: next tokens, int64 [rows], from logits, the rows' numbers, and how many tokens each has.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        limit: int,
+        stops: set[int],
+        choose: Callable[[Tensor, Sequence[int], Sequence[int]], Tensor],
+    ) -> None:
+        self.decoder, self.limit, self.stops, self.choose = decoder, limit, stops, choose
+        self.store = [Pages.empty(0, decoder.kv, decoder.width, decoder.dtype) for _ in range(decoder.layers)]
+        self.free: list[int] = []
+        self.rows: list[_Row] = []
+        self.begun = _Begun(0, [], [])
+        self.table = torch.empty(0, 0, dtype=torch.int32)
+        self.documents = decoder.rows([], [])
+        self.settled = False  # whether the table is that of the rows
+
+    def turns(self, prompts: Sequence[Sequence[int]], order: Sequence[int], size: int, shared: int) -> Iterator[Turn]:
+        """(row number, token) of each row as it is written, at most `size` rows at a time, begun in order.
+
+        Args:
+            shared: so many tokens of every prompt are the same; each has more.
+        """
+        waiting = deque(order)
+        longest = sorted((len(prompts[row]) for row in order), reverse=True)[:size]
+        # memory that nobody has written to costs nothing
+        self._reserve(sum(-(-(length + self.limit) // PAGE) for length in longest) + 1)
+        if shared:
+            self._begin(prompts[waiting[0]][:shared], waiting[0])
+        while waiting or self.rows:
+            # a few at a time: reading a prompt alone costs more than a place that is empty for some tokens
+            while waiting and (not self.rows or size - len(self.rows) >= max(1, size // _LEAVE)):
+                yield self._ended(self._read(prompts, self._next(prompts, waiting, size)))
+            if self.rows:
+                yield self._ended(self._write())
+
+    def _next(self, prompts: Sequence[Sequence[int]], waiting: deque[int], size: int) -> list[int]:
+        """Rows to be read in one pass."""
+        found: list[int] = []
+        tokens = 0
+        while waiting and len(self.rows) + len(found) < size:
+            tokens += len(prompts[waiting[0]]) - self.begun.tokens
+            if found and tokens > _READ:
+                break
+            found.append(waiting.popleft())
+        return found
+
+    @torch.no_grad()
+    def _begin(self, prompt: Sequence[int], number: int) -> None:
+        """Reads what all prompts begin with, under the route of one of them: it is that of all."""
+        row = _Row(number, self._take(len(prompt) // PAGE + 1), 0)
+        states: list[tuple[Tensor, Tensor]] = []
+        self._forward([row], [prompt], states)
+        full = len(prompt) // PAGE
+        self.begun = _Begun(len(prompt), row.pages[:full], states)
+        self._give(row.pages[full:])
+
+    @torch.no_grad()
+    def _read(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> Turn:
+        """Lets rows begin; their first tokens."""
+        begun = self.begun
+        fresh = []
+        for number in numbers:
+            own = -(-(len(prompts[number]) + 1) // PAGE) - len(begun.pages)
+            fresh.append(_Row(number, [*begun.pages, *self._take(own)], begun.tokens))
+        self._take_over(fresh)
+        states, rows = self._forward(fresh, [prompts[number][begun.tokens :] for number in numbers])
+        ends = torch.tensor(rows.lengths).cumsum(0) - 1
+        self.rows += fresh
+        self.settled = False
+        return self._chosen(fresh, self.decoder.logits(states[ends], rows))
+
+    def _take_over(self, rows: Sequence[_Row]) -> None:
+        """Puts the end of what all begin with, which fills no page, into a page of each row."""
+        start = len(self.begun.pages) * PAGE
+        if start == self.begun.tokens:
+            return
+        count = self.begun.tokens - start
+        places = [row.pages[len(self.begun.pages)] * PAGE + token for row in rows for token in range(count)]
+        at = torch.tensor(places)
+        for pages, (k, v) in zip(self.store, self.begun.states, strict=True):
+            keep(pages, k[start:].repeat(len(rows), 1, 1), v[start:].repeat(len(rows), 1, 1), at)
+
+    def _forward(
+        self, fresh: Sequence[_Row], texts: Sequence[Sequence[int]], hear: list[tuple[Tensor, Tensor]] | None = None
+    ) -> tuple[Tensor, Rows]:
+        """States after texts that rows go on with, whose keys and values are kept then; `hear` gets these as well."""
+        decoder, before = self.decoder, self.begun.tokens
+        lengths = list(map(len, texts))
+        rows = decoder.rows([row.number for row in fresh], lengths)
+        places = [
+            row.place(token) for row, n in zip(fresh, lengths, strict=True) for token in range(before, before + n)
+        ]
+        ids = torch.tensor([token for text in texts for token in text])
+        positions = torch.cat([torch.arange(before, before + count) for count in lengths])
+        spans, at = _spans(lengths, before), torch.tensor(places)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keep(self.store[layer], k, v, at)
+            if hear is not None:
+                hear.append((k, v))
+            if before:
+                first = self.begun.states[layer]
+                k, v = torch.cat([first[0], k]), torch.cat([first[1], v])
+            return attention(q, k, v, spans, scale=decoder.scale, window=decoder.windows[layer])
+
+        states = decoder.states(ids, positions, rows, attend)
+        for row, count in zip(fresh, lengths, strict=True):
+            row.tokens += count
+        return states, rows
+
+    @torch.no_grad()
+    def _write(self) -> Turn:
+        """A token more of every row."""
+        decoder, active = self.decoder, self.rows
+        for row in active:
+            if row.tokens == len(row.pages) * PAGE:
+                row.pages += self._take(1)
+                self.settled = False
+        self._settle()
+        counts = [row.tokens for row in active]
+        positions, seen = torch.tensor(counts), torch.tensor([count + 1 for count in counts], dtype=torch.int32)
+        at = torch.tensor([row.place(row.tokens) for row in active])
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            pages = self.store[layer]
+            keep(pages, k, v, at)
+            return paged_attention(q, pages, self.table, seen, decoder.scale, decoder.windows[layer])
+
+        states = decoder.states(torch.tensor([row.last for row in active]), positions, self.documents, attend)
+        for row in active:
+            row.tokens += 1
+        return self._chosen(active, decoder.logits(states, self.documents))
+
+    def _chosen(self, rows: Sequence[_Row], logits: Tensor) -> Turn:
+        tokens = self.choose(logits, [row.number for row in rows], [row.written for row in rows]).tolist()
+        for row, token in zip(rows, tokens, strict=True):
+            row.last, row.written = token, row.written + 1
+        return [(row.number, row.last) for row in rows]
+
+    def _ended(self, turn: Turn) -> Turn:
+        """The same, once rows that end with it have left."""
+        staying = [row for row in self.rows if row.last not in self.stops and row.written < self.limit]
+        if len(staying) < len(self.rows):
+            kept = set(map(id, staying))
+            for row in self.rows:
+                if id(row) not in kept:
+                    self._give(row.pages[len(self.begun.pages) :])
+            self.rows, self.settled = staying, False
+        return turn
+
+    def _settle(self) -> None:
+        """Makes the table that of the rows."""
+        if self.settled:
+            return
+        self.settled = True
+        most = max(len(row.pages) for row in self.rows)
+        lines = [row.pages + [0] * (most - len(row.pages)) for row in self.rows]
+        self.table = torch.tensor(lines, dtype=torch.int32)
+        self.documents = self.decoder.rows([row.number for row in self.rows], (1,) * len(self.rows))
+
+    def _take(self, count: int) -> list[int]:
+        """Pages for a row."""
+        if len(self.free) < count:
+            self._reserve(count + len(self.store[0].keys) // 2)
+        return [self.free.pop() for _ in range(count)]
+
+    def _reserve(self, count: int) -> None:
+        """Makes room for so many pages more."""
+        held = len(self.store[0].keys)
+        for pages in self.store:
+            pages.grow(held + count)
+        self.free += range(held + count - 1, held - 1, -1)
+
+    def _give(self, pages: Sequence[int]) -> None:
+        self.free += pages
+
+
+def _spans(lengths: Sequence[int], before: int) -> tuple[tuple[int, int, int, int, int], ...]:
+    """What documents end to end see of themselves, behind `before` tokens that all see; see `kernels.attention`."""
+    ends = list(accumulate(lengths, initial=0))
+    return tuple((start, end, before + start, 0, before) for start, end in pairwise(ends))
