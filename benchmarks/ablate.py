@@ -48,6 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prefix", type=int, default=0, help="tokens that all rows begin with, besides their own")
     parser.add_argument("--model", default="smollm2-135m", help="bundled name, folder, or `tiny`")
     parser.add_argument("--data", default="alpaca-demo")
+    parser.add_argument("--rows", type=int, default=0, help="of an update; 0: what the lengths say")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--micro-tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds; one more warms up")
@@ -110,10 +111,11 @@ def prepare(options: argparse.Namespace, folder: Path) -> tuple[Update, list[int
     policy = Policy(loaded, adapter.route).train()
     precision = Precision(adapter.parameters, PrecisionSection(compute=options.precision))
     optimizer, layout = AdamW(precision.masters, weight_decay=0.0, lr_factors={}), Single()
-    settings = vars(options) | {"rows": LENGTHS[options.lengths].rows, "steps": options.rounds + 1, "max_length": 4096}
+    rows = options.rows or LENGTHS[options.lengths].rows
+    settings = vars(options) | {"rows": rows, "steps": options.rounds + 1, "max_length": 4096}
     steps: list[list[Batch]] = []
-    for number, rows in enumerate(make_steps(settings, loaded.folder)):
-        examples = [Example(row["ids"], row["supervised"], f"row:{number}") for row in rows]
+    for number, found in enumerate(make_steps(settings, loaded.folder)):
+        examples = [Example(row["ids"], row["supervised"], f"row:{number}") for row in found]
         steps.append([to_batch(each) for each in cut(examples, number, options.micro_tokens).micro_batches])
 
     def update(index: int) -> tuple[float, float]:

@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 MAPS = ("q", "k", "v", "o", "gate", "up", "down")
-# a way to its method and whether that is merged; the second base shows the noise
-WAYS: dict[str, tuple[dict[str, Any] | None, bool]] = {
+Way = tuple[dict[str, Any] | None, bool]  # a method, and whether it is merged
+# the second base shows the noise
+WAYS: dict[str, Way] = {
     "base": (None, False),
     "base again": (None, False),
     "lora merged": ({"kind": "lora", "rank": 8, "targets": MAPS}, True),
@@ -59,8 +60,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All rounds, and what they come to."""
+def measure(options: argparse.Namespace, ways: dict[str, Way] = WAYS) -> dict[str, Any]:
+    """All rounds, and what they come to. Of ways, one is `base`."""
     import torch
 
     from tunesmith.models.load import load
@@ -71,8 +72,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     sizes: dict[str, int] = {}
     for turn in range(options.rounds + 1):
         found = {}
-        for name in list(WAYS)[:: -1 if turn % 2 else 1]:
-            with on(loaded, name, sizes) as route:
+        for name in list(ways)[:: -1 if turn % 2 else 1]:
+            with on(loaded, name, ways[name], sizes) as route:
                 todo = works(loaded, route, options)
                 todo["write"]()  # weights that were made a moment ago are slow to touch
                 found[name] = {kind: timed(work) for kind, work in todo.items()}
@@ -80,11 +81,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             rounds.append(found)
     settings = {"model": options.model, "precision": options.precision, "threads": options.threads}
     settings |= {"prompt_tokens": options.prompt, "written_tokens": options.tokens, "rounds": options.rounds}
-    return {**settings, "ways": {name: {"parameters": sizes[name], **summary(rounds, name, options)} for name in WAYS}}
+    return {**settings, "ways": {name: {"parameters": sizes[name], **summary(rounds, name, options)} for name in ways}}
 
 
 @contextmanager
-def on(loaded: Any, name: str, sizes: dict[str, int]) -> Iterator[Any]:
+def on(loaded: Any, name: str, way: Way, sizes: dict[str, int]) -> Iterator[Any]:
     """The model one way, as a context; the base is free of ports."""
     import torch
 
@@ -92,7 +93,7 @@ def on(loaded: Any, name: str, sizes: dict[str, int]) -> Iterator[Any]:
     from tunesmith.adapt.methods import METHODS
     from tunesmith.models.route import BASE
 
-    settings, is_merged = WAYS[name]
+    settings, is_merged = way
     if settings is None:
         sizes[name] = 0
         yield BASE

@@ -144,6 +144,7 @@ class Bench:
             for each, supervised in zip(lengths, self.supervised, strict=True)
         ]
         self.told = {k: v for k, v in self.settings.items() if k not in ("folder", "places", "model_folder")}
+        self.told["model"] = self.options.model
         means = {"tokens": self.tokens, "supervised_tokens": self.supervised, "useful_flops": self.flops}
         self.told |= {f"{name}_a_step": statistics.fmean(values) for name, values in means.items()}
 

@@ -118,26 +118,31 @@ def arguments(settings: dict[str, Any], variant: dict[str, Any], run: str) -> An
 
 
 def rows(settings: dict[str, Any], layout: str) -> list[dict[str, list[int]]]:
-    """The rows of the steps, in order; packed: one for each step."""
+    """The rows of the steps, in order."""
     steps = json.loads((Path(settings["folder"]) / "steps.json").read_text())
-    found = []
-    for index in settings["use"]:
-        step = [
-            {
-                "input_ids": row["ids"],
-                "labels": [i if s else IGNORE for i, s in zip(row["ids"], row["supervised"], strict=True)],
-            }
-            for row in steps[index]
-        ]
-        if layout == "packed":
-            joined = {key: [value for row in step for value in row[key]] for key in ("input_ids", "labels")}
-            step = [joined | {"seq_lengths": [len(row["input_ids"]) for row in step]}]
-        found += step
-    return found
+    return [row for index in settings["use"] for row in shaped_rows(steps[index], layout)]
 
 
-def noting(trainer_class: type, turns: Turns, total: int) -> type:
-    """The trainer, noting the loss and the supervised tokens of each update, and pausing between blocks."""
+def shaped_rows(step: list[dict[str, Any]], layout: str) -> list[dict[str, list[int]]]:
+    """The rows of a step as trl's collator takes them; packed: one."""
+    found: list[dict[str, list[int]]] = [
+        {
+            "input_ids": row["ids"],
+            "labels": [i if s else IGNORE for i, s in zip(row["ids"], row["supervised"], strict=True)],
+        }
+        for row in step
+    ]
+    if layout != "packed":
+        return found
+    joined = {key: [value for row in found for value in row[key]] for key in ("input_ids", "labels")}
+    return [joined | {"seq_lengths": [len(row["input_ids"]) for row in found]}]
+
+
+def noting(trainer_class: type, turns: Turns, total: int, device: str = "cpu") -> type:
+    """The trainer, noting the loss and the supervised tokens of each update, and pausing between blocks.
+
+    `wanted_autocast` of what is made is compared with what is on in the first step; None compares nothing.
+    """
     import torch
     from transformers import TrainerCallback
 
@@ -153,15 +158,15 @@ def noting(trainer_class: type, turns: Turns, total: int) -> type:
     class Noting(trainer_class):  # type: ignore[misc]
         def __init__(self, **more: Any) -> None:
             super().__init__(**more)
-            self.noted_loss, self.noted_tokens, self.wanted_autocast = 0.0, 0, True
+            self.noted_loss, self.noted_tokens = 0.0, 0
+            self.wanted_autocast: bool | None = True
             self.add_callback(Pause(self))
             layer = next(m for n, m in self.model.named_modules() if n.endswith("layers.0"))
             self.look = layer.register_forward_pre_hook(self.check_autocast)
 
         def check_autocast(self, module: Any, inputs: Any) -> None:
-            assert torch.is_autocast_enabled("cpu") == self.wanted_autocast, (
-                "accelerate's autocast is not as it was set"
-            )
+            found = torch.is_autocast_enabled(device)
+            assert self.wanted_autocast in (None, found), "accelerate's autocast is not as it was set"
             self.look.remove()
 
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
