@@ -94,8 +94,9 @@ def test_float32_attention_and_its_gradients_are_those_of_float64(case: str) -> 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bfloat16_attention_errs_no_more_than_the_plain_twin_in_bfloat16(case: str, tiles: bool) -> None:
-    """Kills: on tiles, weights without their rest; in floats, numbers widened wrongly."""
+def test_bfloat16_attention_and_its_gradients_are_rounded_once(case: str, tiles: bool) -> None:
+    """Nearer to float64 than the plain twin in bfloat16, and as near as can be. Kills: on tiles, weights or gradients
+    of scores without their rest, and deltas of a rounded result; in floats, numbers widened wrongly."""
     spans, (heads, kv_heads, width), causal, window = CASES[case]
     rows = max(end for _, end, *_ in spans)
     inputs = drawn(rows, max(rows, 200), heads, kv_heads, width)
@@ -104,9 +105,8 @@ def test_bfloat16_attention_errs_no_more_than_the_plain_twin_in_bfloat16(case: s
     found = errors(run(attention, inputs, torch.bfloat16, *how), wanted)
     twins = errors(run(plain_attention, inputs, torch.bfloat16, *how), wanted)
     rounded = errors([x.bfloat16() for x in wanted], wanted)
-    assert all(one <= 1.1 * other for one, other in zip(found, twins, strict=True))
-    assert found[0] <= 1.02 * rounded[0]
-    assert found[3] <= 1.05 * rounded[3]
+    assert all(one < other for one, other in zip(found, twins, strict=True))
+    assert all(one <= 1.03 * other for one, other in zip(found, rounded, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -153,15 +153,16 @@ def test_what_is_in_no_span_gives_zeros_and_gets_none_but_zeros(dtype: torch.dty
 def test_large_scores_are_no_problem_and_what_is_no_number_stays_in_its_document(
     dtype: torch.dtype, tiles: bool
 ) -> None:
-    """Kills: sums without the largest score taken off; rows read beyond the end of a document; NaN hidden by a max."""
+    """Kills: sums without the largest score taken off; weights that add up to one only as far as a logarithm is exact;
+    rows read beyond the end of a document; NaN hidden by a max."""
     inputs = drawn(80, 80, 2, 2, 16)
-    inputs[0] *= 256
+    inputs[0] *= 64
     inputs[1][40] = inputs[2][41] = inputs[3][42] = float("nan")
     spans = end_to_end(40, 40)
     found = run(attention, inputs, dtype, spans)
     wanted = run(plain_attention, [x[:40] for x in inputs], torch.float64, spans[:1], True, 0.25)
     for error in errors([x[:40] for x in found], wanted):
-        assert error < (1e-4 if dtype == torch.float32 else 0.02)
+        assert error < (1e-5 if dtype == torch.float32 else 0.02)
     assert all(x[40:].isnan().any() for x in found)
     assert found[0][41:].isnan().all()
 
@@ -188,8 +189,8 @@ def test_a_window_needs_causal_attention() -> None:
         attention(*drawn(10, 10, 2, 1, 8)[:3], end_to_end(10), causal=False, window=3)
 
 
-def test_the_backward_keeps_the_result_and_one_float_a_query_and_head() -> None:
-    """Kills: weights that are kept."""
+def test_the_backward_keeps_its_inputs_and_one_float_a_query_and_head() -> None:
+    """Kills: weights, or the result, that are kept."""
     kept: list[int] = []
 
     def pack(x: Tensor) -> Tensor:
@@ -199,7 +200,7 @@ def test_the_backward_keeps_the_result_and_one_float_a_query_and_head() -> None:
     inputs = [x.bfloat16().requires_grad_() for x in drawn(100, 100, 4, 2, 16)[:3]]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         attention(*inputs, end_to_end(60, 40))
-    assert sum(kept) == 2 * 100 * 16 * (4 + 2 + 2 + 4) + 4 * 100 * 4
+    assert sum(kept) == 2 * 100 * 16 * (4 + 2 + 2) + 4 * 100 * 4
 
 
 def test_work_is_counted_as_torch_counts_its_own_attention() -> None:

@@ -12,7 +12,7 @@
 #define CHUNK 8        /* blocks of keys whose scores are there at once in the forward pass */
 #define LONG 1024      /* queries of a span from which on it is cut into up to PARTS items a head */
 #define PARTS 4
-#define SOME (1 << 19) /* elements of the gradients of scores that are there at once in the backward pass */
+#define SOME 64        /* blocks of scores that are there at once in the backward pass */
 #define LOG2E 1.44269504f
 
 typedef struct { /* [tokens, heads, width]: elements from token to token and from head to head */
@@ -108,11 +108,12 @@ static void write_rows(char *to, long row, const float *from, long wide, long ro
     else write_as(to, row, from, wide, rows, call->width, times, 0);
 }
 
-static float dot(const char *a, const char *b, const Attention *call) {
-    floats sum = {};
-    if (call->dtype) EACH(call->width, sum += load(a, i, n, 1) * load(b, i, n, 1););
-    else EACH(call->width, sum += load(a, i, n, 0) * load(b, i, n, 0););
-    return sum_of(sum);
+/* Sums of weights to what makes them one: the logarithm was rounded, and a large one moves all weights of its query. */
+static void settle(float *totals, float *deltas, long count) {
+    for (long i = 0; i < count; i++) {
+        totals[i] = totals[i] == 0.0f ? 0.0f : 1.0f / totals[i]; /* 0: beyond the last query */
+        deltas[i] *= totals[i];
+    }
 }
 
 /* Gradients of a block of keys and values: where they belong if nobody else sees these, else where they are summed. */
@@ -136,167 +137,21 @@ static void deliver(const View *v, long block, const float *keys, const float *v
 
 #define PADDED(type, count) ((sizeof(type) * (count) + 63) / 64 * 64)
 #define TAKE(at, type, count) ((type *)((at += PADDED(type, count)) - PADDED(type, count)))
-#define WAY(name)                                                                                            \
-    typedef struct { E *keys, *values, *query, *weights; float *scores, *sums, *spare; } name##_Forward;        \
-    typedef struct {                                                                                            \
-        E *keys, *values, *keys_turned, *query, *grad, *query_rows, *grad_rows, *weights, *slopes_left, *slopes_right; \
-        float *key_sums, *value_sums, *scores, *slopes, *sums, *spare, *logs, *deltas;                          \
-    } name##_Backward;
-
-/* ---- in floats: operands are rows, whichever side they are on --------------------------------------------------- */
-
 #define E float
 #define ON(name) wide_##name
-WAY(wide)
-
-enum { wide_left_is_right = 1 };
-static void wide_begin(void) {}
-static void wide_end(void) {}
-
-static void wide_load_left(float *to, const char *from, long row, long rows, const View *v) {
-    if (v->call->dtype) widen(to, v->wide, from, row, rows, v->call->width, 1);
-    else widen(to, v->wide, from, row, rows, v->call->width, 0);
-}
-
-static void wide_load_turned(float *to, long block, const char *from, long row, long rows, const View *v) {
-    wide_load_left(to + block * SIDE * v->wide, from, row, rows, v);
-}
-
-static void wide_load_right(float *to, long block, const char *from, long row, long rows, const View *v) {
-    wide_load_left(to + block * SIDE * v->wide, from, row, rows, v);
-}
-
-static void wide_load_queries(float *to, float *spare, const char *from, long row, long rows, const View *v) {
-    wide_load_left(spare, from, row, rows, v);
-    turn(to, SIDE, spare, v->wide, SIDE, v->wide);
-}
-
-static void wide_scores(float *to, const float *keys, const float *query, const View *v) {
-    multiply(to, SIDE, (Strided){keys, v->wide, 1}, (Strided){query, SIDE, 1}, SIDE, v->call->width, 0);
-}
-
-static void wide_across(float *to, const float *rows, long block, const float *right, const float *rest, long blocks,
-                        const View *v, int add) {
-    (void)rest;
-    const Strided a = {rows + block * SIDE * v->wide, 1, v->wide}, b = {right, SIDE, 1};
-    if (add) multiply(to, SIDE, a, b, v->wide, blocks * SIDE, 1);
-    else multiply(to, SIDE, a, b, v->wide, blocks * SIDE, 0);
-}
-
-static void wide_down(float *to, const float *left, long ahead, const float *rows, long low, long high, const View *v,
-                      long apart) {
-    (void)apart;
-    for (; low < high; low++) /* block by block: sums of few terms are exacter */
-        for (long i = 0; i < v->wide; i += SIDE)
-            multiply(to + i, v->wide, (Strided){left + low * ahead, SIDE, 1},
-                     (Strided){rows + low * SIDE * v->wide + i, v->wide, 1}, SIDE, SIDE, 1);
-}
-
-static void wide_put_left(float *to, float *rest, long row, floats p[2][2]) {
-    (void)rest;
-    for (int odd = 0; odd < 2; odd++)
-        for (int h = 0; h < 2; h++) store(to, (row + odd) * SIDE + h * LANES, LANES, p[odd][h], 0);
-}
-
-static void wide_put_right(float *to, float *rest, long row, floats p[2][2]) { wide_put_left(to, rest, row, p); }
-
-static void wide_put_both(float *left, float *left_rest, float *right, float *right_rest, long row, floats p[2][2]) {
-    (void)left, (void)left_rest;
-    wide_put_left(right, right_rest, row, p);
-}
-
+#include "attention_floats.h"
 #include "attention_passes.h"
 #undef E
 #undef ON
-
-/* ---- on tiles --------------------------------------------------------------------------------------------------- */
 
 #ifdef TUNESMITH_TILES
 #define E uint16_t
 #define ON(name) tiled_##name
-WAY(tiled)
-
-enum { tiled_left_is_right = 0 };
-static void tiled_begin(void) { tiles_begin(); }
-static void tiled_end(void) { tiles_end(); }
-
-static void tiled_load_left(uint16_t *to, const char *from, long row, long rows, const View *v) {
-    pack_a_rows_m(to, (const uint16_t *)from, row, rows, v->call->width);
-}
-
-static void tiled_load_turned(uint16_t *to, long block, const char *from, long row, long rows, const View *v) {
-    for (long i = 0; i < v->call->width; i += SIDE)
-        pack_a_rows_k(to + (i * v->blocks + block * SIDE) * SIDE, (const uint16_t *)from + i, row,
-                      least(SIDE, v->call->width - i), rows);
-}
-
-static void tiled_load_right(uint16_t *to, long block, const char *from, long row, long rows, const View *v) {
-    for (long i = 0; i < v->call->width; i += SIDE)
-        pack_b_rows_k(to + (i * v->queries + block * SIDE) * SIDE, (const uint16_t *)from + i, row,
-                      least(SIDE, v->call->width - i), rows);
-}
-
-static void tiled_load_queries(uint16_t *to, float *spare, const char *from, long row, long rows, const View *v) {
-    (void)spare;
-    pack_b_rows_n(to, (const uint16_t *)from, row, rows, v->call->width);
-}
-
-static void tiled_scores(float *to, const uint16_t *keys, const uint16_t *query, const View *v) {
-    tiles_zero();
-    tiles_multiply(keys, 64, 1024, TILE_STEP, query, v->wide / SIDE, 1, 1);
-    tiles_store(to, SIDE);
-}
-
-static void tiled_across(float *to, const uint16_t *rows, long block, const uint16_t *right, const uint16_t *rest,
-                         long blocks, const View *v, int add) {
-    for (long i = 0; i < v->wide; i += SIDE, to += BLOCK) {
-        const uint16_t *left = rows + (i * v->blocks + block * SIDE) * SIDE;
-        if (add) tiles_load(to, SIDE);
-        else tiles_zero();
-        tiles_multiply(left, 64, 1024, TILE_STEP, right, blocks, 1, 1);
-        tiles_multiply(left, 64, 1024, TILE_STEP, rest, blocks, 1, 1);
-        tiles_store(to, SIDE);
-    }
-}
-
-static void tiled_down(float *to, const uint16_t *left, long ahead, const uint16_t *rows, long low, long high,
-                       const View *v, long apart) {
-    left += low * ahead;
-    for (long i = 0; i < v->wide; i += SIDE) {
-        const uint16_t *right = rows + (i * v->queries + low * SIDE) * SIDE;
-        tiles_load(to + i, v->wide);
-        tiles_multiply(left, 64, 1024, 2 * ahead, right, high - low, 1, 1);
-        tiles_multiply(left + apart, 64, 1024, 2 * ahead, right, high - low, 1, 1);
-        tiles_store(to + i, v->wide);
-    }
-}
-
-INLINE void tiled_put_left(uint16_t *to, uint16_t *rest, long row, floats p[2][2]) {
-    for (int odd = 0; odd < 2; odd++) {
-        put_row(to, row + odd, p[odd][0], p[odd][1]);
-        put_row(rest, row + odd, rest_of(p[odd][0]), rest_of(p[odd][1]));
-    }
-}
-
-INLINE void tiled_put_right(uint16_t *to, uint16_t *rest, long row, floats p[2][2]) {
-    to += row / SIDE * BLOCK, rest += row / SIDE * BLOCK;
-    for (int h = 0; h < 2; h++) {
-        put_pairs(to, row % SIDE / 2, h, p[0][h], p[1][h]);
-        put_pairs(rest, row % SIDE / 2, h, rest_of(p[0][h]), rest_of(p[1][h]));
-    }
-}
-
-INLINE void tiled_put_both(uint16_t *left, uint16_t *left_rest, uint16_t *right, uint16_t *right_rest, long row,
-                           floats p[2][2]) {
-    tiled_put_left(left, left_rest, row, p);
-    tiled_put_right(right, right_rest, row, p);
-}
-
+#include "attention_tiles.h"
 #include "attention_passes.h"
 #undef E
 #undef ON
 #endif
-/* ---- items ------------------------------------------------------------------------------------------------------ */
 
 static View view_of(const Attention *call, const Item *item) {
     const int32_t *span = call->spans + 5 * item->span;
@@ -304,23 +159,15 @@ static View view_of(const Attention *call, const Item *item) {
     v.prefix_blocks = blocks_of(item->prefix);
     v.blocks = v.prefix_blocks + blocks_of(item->own);
     v.wide = blocks_of(call->width) * SIDE;
-    v.queries = SOME / (v.blocks * BLOCK);
+    v.queries = SOME / v.blocks;
     v.queries = least(v.queries < 1 ? 1 : v.queries > CHUNK ? CHUNK : v.queries, blocks_of(item->to - item->from));
     return v;
-}
-
-static int on_tiles(const Attention *call) {
-#ifdef TUNESMITH_TILES
-    return call->dtype == 1 && call->tiles && ts_has_amx();
-#else
-    return (void)call, 0;
-#endif
 }
 
 static int run_item(const Attention *call, const Item *item, int backward) {
     const View v = view_of(call, item);
 #ifdef TUNESMITH_TILES
-    if (on_tiles(call)) return backward ? tiled_backward(&v) : tiled_forward(&v);
+    if (call->dtype && call->tiles && ts_has_amx()) return backward ? tiled_backward(&v) : tiled_forward(&v);
 #endif
     return backward ? wide_backward(&v) : wide_forward(&v);
 }

@@ -1,7 +1,7 @@
 """Attention inside documents that lie end to end, forward and backward, and its plain twin.
 
-Scores and sums are float32 and the result is rounded once; the backward keeps q, k, v, the result and one float a query
-and head, and makes the weights again (Dao 2023, arXiv 2307.08691). Where the kernel cannot run (attention.c; a tracer,
+Scores and sums are float32 and the result is rounded once; the backward keeps q, k, v and one float a query and
+head, and makes the weights again (Dao 2023, arXiv 2307.08691). Where the kernel cannot run (attention.c; a tracer,
 a dtype or device that it lacks) the plain twin does.
 """
 
@@ -129,17 +129,17 @@ class _Attention(torch.autograd.Function):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         o, lse = q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
         ctx.how = _How(spans, causal, scale, window)
-        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.save_for_backward(q, k, v, lse)
         _run("ts_attention", 2, ctx.how, lse, q=q, k=k, v=v, o=o)
         return o
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse = ctx.saved_tensors
+        q, k, v, lse = ctx.saved_tensors
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        _run("ts_attention_backward", 5, ctx.how, lse, q=q, k=k, v=v, o=o, grad=grad, dq=dq, dk=dk, dv=dv)
+        _run("ts_attention_backward", 5, ctx.how, lse, q=q, k=k, v=v, grad=grad, dq=dq, dk=dk, dv=dv)
         return dq, dk, dv, None, None, None, None
 
 

@@ -81,10 +81,13 @@ INLINE void widen(float *to, long wide, const void *from, long row, long rows, l
 /* ---- in floats -------------------------------------------------------------------------------------------------- */
 
 #ifdef WIDE_REGISTERS
-enum { ROWS = 8, ACROSS = 2 }; /* of a result in registers: rows, and vectors of 16 */
+enum { ROWS = 8, ACROSS = 2, PART = 16 }; /* of a result in registers: rows, vectors, and what a vector holds */
+#elif defined(__AVX__)
+enum { ROWS = 4, ACROSS = 2, PART = 8 };
 #else
-enum { ROWS = 4, ACROSS = 1 };
+enum { ROWS = 4, ACROSS = 2, PART = 4 };
 #endif
+typedef float part __attribute__((vector_size(4 * PART), aligned(4), may_alias)); /* as large as a register */
 
 typedef struct { /* an operand: element (i, k) lies at i * row + k * column */
     const float *at;
@@ -94,18 +97,19 @@ typedef struct { /* an operand: element (i, k) lies at i * row + k * column */
 /* c [m, 32] = or += a [m, inner] b [inner, 32], whose rows are contiguous. */
 INLINE void multiply(float *c, long c_row, const Strided a, const Strided b, long m, long inner, int add) {
     for (long i = 0; i < m; i += ROWS)
-        for (long j = 0; j < SIDE; j += ACROSS * LANES) {
-            floats sums[ROWS][ACROSS] = {};
+        for (long j = 0; j < SIDE; j += ACROSS * PART) {
+            part sums[ROWS][ACROSS] = {};
             const float *pa = a.at + i * a.row, *pb = b.at + j;
             for (long k = 0; k < inner; k++, pa += a.column, pb += b.row)
                 for (int x = 0; x < ACROSS; x++) {
-                    const floats other = load(pb, x * LANES, LANES, 0);
+                    const part other = *(const part *)(pb + x * PART);
                     for (int r = 0; r < ROWS; r++) sums[r][x] += pa[r * a.row] * other;
                 }
             for (int r = 0; r < ROWS; r++)
                 for (int x = 0; x < ACROSS; x++) {
-                    const long at = (i + r) * c_row + j + x * LANES;
-                    store(c, at, LANES, add ? load(c, at, LANES, 0) + sums[r][x] : sums[r][x], 0);
+                    part *to = (part *)(c + (i + r) * c_row + j + x * PART);
+                    if (add) *to += sums[r][x];
+                    else *to = sums[r][x];
                 }
         }
 }

@@ -2,7 +2,22 @@
    operands are made of and ON(name) the name of this way's functions.
 
    Flash attention (Dao 2023, arXiv 2307.08691): the weights are never whole in memory; the backward makes them again
-   from scores and the logarithm of their sums. */
+   from scores and the logarithm of their sums. Unlike there, what the softmax takes off each query's gradients (the
+   deltas) is summed from weights and their gradients, not from the rounded result: in bfloat16 that is what errs most.
+
+   Each way has load_left, load_right, load_turned and load_queries to make operands of rows, put_left, put_right and
+   put_both to make them of weights, and three products: `scores` of keys and queries, `across` keys with a sum for each
+   query, `down` queries with a sum for each key. `rest` is where a way keeps what its operands cannot hold. */
+
+typedef struct {
+    E *keys, *values, *query, *weights;
+    float *scores, *sums, *spare;
+} ON(Forward);
+
+typedef struct {
+    E *keys, *values, *keys_turned, *query, *grad, *query_rows, *grad_rows, *weights, *slopes_left, *slopes_right;
+    float *key_sums, *value_sums, *scores, *slopes, *sums, *spare, *logs, *totals, *deltas;
+} ON(Backward);
 
 static size_t ON(forward_bytes)(const View *v) {
     const long keys = v->blocks * SIDE * v->wide;
@@ -98,7 +113,7 @@ static int ON(forward)(const View *v) {
 static size_t ON(backward_bytes)(const View *v) {
     const long keys = v->blocks * SIDE * v->wide, some = v->queries * SIDE * v->wide;
     return sizeof(E) * (3 * keys + 4 * some + (4 * v->queries + 2 * v->queries * v->blocks) * BLOCK) +
-           4 * (2 * keys + 2 * BLOCK + 2 * SIDE * v->wide + 2 * v->queries * SIDE) + 2048;
+           4 * (2 * keys + 2 * v->queries * v->blocks * BLOCK + 2 * SIDE * v->wide + 3 * v->queries * SIDE) + 2048;
 }
 
 /* What the backward needs of `count` blocks of queries of one head: as operands on both sides, with lse and delta. */
@@ -112,30 +127,53 @@ static void ON(load_some)(const View *v, long head, long from, long count, const
         ON(load_queries)(b->grad + i * SIDE * wide, b->spare, g, call->grad.row, rows, v);
         ON(load_right)(b->query_rows, i, q, call->q.row, rows, v);
         ON(load_right)(b->grad_rows, i, g, call->grad.row, rows, v);
-        float *logs = b->logs + i * SIDE, *deltas = b->deltas + i * SIDE;
-        memset(logs, 0, SIDE * 4);
-        memset(deltas, 0, SIDE * 4);
-        memcpy(logs, call->lse + head * call->queries + first, rows * 4);
-        for (long r = 0; r < rows; r++)
-            deltas[r] = dot(row_of(call, &call->o, first + r, head), row_of(call, &call->grad, first + r, head), call);
+        memset(b->logs + i * SIDE, 0, SIDE * 4);
+        memset(b->totals + i * SIDE, 0, SIDE * 4);
+        memset(b->deltas + i * SIDE, 0, SIDE * 4);
+        memcpy(b->logs + i * SIDE, call->lse + head * call->queries + first, rows * 4);
     }
 }
 
-/* Weights and the gradients of scores of one block; `left`, `right`: as operands on that side. */
-static void ON(weigh)(const View *v, const ON(Backward) *b, long query, E *left, E *grad_left, E *grad_right) {
-    const float unit = v->call->scale * LOG2E;
-    const long apart = v->queries * BLOCK, far = v->queries * v->blocks * BLOCK;
+/* Weights of one block, in place of its scores, and what they add to their sums and to the deltas. */
+INLINE void ON(weigh)(const View *v, const ON(Backward) *b, long query, long block) {
+    float *scores = b->scores + (query * v->blocks + block) * BLOCK;
+    const float *slopes = b->slopes + (query * v->blocks + block) * BLOCK, unit = v->call->scale * LOG2E;
+    for (int h = 0; h < 2; h++) {
+        const long lane = query * SIDE + h * LANES;
+        const floats less = load(b->logs, lane, LANES, 0);
+        floats totals[2] = {}, sums[2] = {};
+        for (long r = 0; r < SIDE; r += 2)
+            for (int odd = 0; odd < 2; odd++) {
+                const long at = (r + odd) * SIDE + h * LANES;
+                const floats p = power_of_two(load(scores, at, LANES, 0) * unit - less);
+                totals[odd] += p;
+                sums[odd] += p * load(slopes, at, LANES, 0);
+                store(scores, at, LANES, p, 0);
+            }
+        store(b->totals, lane, LANES, load(b->totals, lane, LANES, 0) + (totals[0] + totals[1]), 0);
+        store(b->deltas, lane, LANES, load(b->deltas, lane, LANES, 0) + (sums[0] + sums[1]), 0);
+    }
+}
+
+/* Weights and the gradients of scores of one block as operands. */
+static void ON(put)(const View *v, const ON(Backward) *b, long query, long block) {
+    const long at = query * v->blocks + block, apart = v->queries * BLOCK;
+    const float *weights = b->scores + at * BLOCK, *slopes = b->slopes + at * BLOCK;
+    const float *deltas = b->deltas + query * SIDE, *totals = b->totals + query * SIDE;
+    E *left = b->weights + query * BLOCK, *slopes_left = b->slopes_left + query * BLOCK;
+    E *right = b->slopes_right + at * BLOCK;
+    const floats less[2] = {load(deltas, 0, LANES, 0), load(deltas, LANES, LANES, 0)};
+    const floats share[2] = {load(totals, 0, LANES, 0), load(totals, LANES, LANES, 0)};
     for (long r = 0; r < SIDE; r += 2) {
         floats p[2][2], d[2][2];
         for (int odd = 0; odd < 2; odd++)
             for (int h = 0; h < 2; h++) {
-                const long at = (r + odd) * SIDE + h * LANES, lane = query * SIDE + h * LANES;
-                const floats s = load(b->scores, at, LANES, 0), g = load(b->slopes, at, LANES, 0);
-                p[odd][h] = power_of_two(s * unit - load(b->logs, lane, LANES, 0));
-                d[odd][h] = p[odd][h] * (g - load(b->deltas, lane, LANES, 0));
+                const long place = (r + odd) * SIDE + h * LANES;
+                p[odd][h] = load(weights, place, LANES, 0) * share[h];
+                d[odd][h] = p[odd][h] * (load(slopes, place, LANES, 0) - less[h]);
             }
         ON(put_left)(left, left + apart, r, p);
-        ON(put_both)(grad_left, grad_left + apart, grad_right, grad_right + far, r, d);
+        ON(put_both)(slopes_left, slopes_left + apart, right, right + apart * v->blocks, r, d);
     }
 }
 
@@ -143,16 +181,23 @@ static void ON(backward_some)(const View *v, long head, long from, long count, c
     const Attention *call = v->call;
     const long wide = v->wide, keys = SIDE * wide;
     ON(load_some)(v, head, from, count, b);
+    for (long block = 0; block < v->blocks; block++)
+        for (long i = 0; i < count; i++) {
+            if (!sees(v, from + i * SIDE, block)) continue;
+            float *scores = b->scores + (i * v->blocks + block) * BLOCK;
+            float *slopes = b->slopes + (i * v->blocks + block) * BLOCK;
+            ON(scores)(scores, b->keys + block * keys, b->query + i * keys, v);
+            ON(scores)(slopes, b->values + block * keys, b->grad + i * keys, v);
+            hide_block(v, scores, from + i * SIDE, block);
+            ON(weigh)(v, b, i, block);
+        }
+    settle(b->totals, b->deltas, count * SIDE);
     for (long block = 0; block < v->blocks; block++) {
         long low = count, high = 0;
         for (long i = 0; i < count; i++) {
             if (!sees(v, from + i * SIDE, block)) continue;
             low = least(low, i), high = i + 1;
-            E *right = b->slopes_right + (i * v->blocks + block) * BLOCK, *left = b->slopes_left + i * BLOCK;
-            ON(scores)(b->scores, b->keys + block * keys, b->query + i * keys, v);
-            ON(scores)(b->slopes, b->values + block * keys, b->grad + i * keys, v);
-            hide_block(v, b->scores, from + i * SIDE, block);
-            ON(weigh)(v, b, i, b->weights + i * BLOCK, left, right);
+            ON(put)(v, b, i, block);
         }
         if (low >= high) continue;
         ON(down)(b->value_sums + block * keys, b->weights, BLOCK, b->grad_rows, low, high, v, v->queries * BLOCK);
@@ -196,11 +241,12 @@ static int ON(backward)(const View *v) {
     b.slopes_right = TAKE(at, E, 2 * v->queries * v->blocks * BLOCK);
     b.key_sums = TAKE(at, float, keys);
     b.value_sums = TAKE(at, float, keys);
-    b.scores = TAKE(at, float, BLOCK);
-    b.slopes = TAKE(at, float, BLOCK);
+    b.scores = TAKE(at, float, v->queries * v->blocks * BLOCK);
+    b.slopes = TAKE(at, float, v->queries * v->blocks * BLOCK);
     b.sums = TAKE(at, float, SIDE *wide);
     b.spare = TAKE(at, float, SIDE *wide);
     b.logs = TAKE(at, float, step);
+    b.totals = TAKE(at, float, step);
     b.deltas = TAKE(at, float, step);
     memset(b.key_sums, 0, keys * 4);
     memset(b.value_sums, 0, keys * 4);
