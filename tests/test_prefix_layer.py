@@ -138,8 +138,10 @@ def test_rows_with_prefixes_of_different_length_are_rows_alone(family: str, pack
         padded = states(Policy(loaded, MIXED, packed=not packed), BATCH)  # type: ignore[arg-type]
     torch.testing.assert_close(mixed, padded, rtol=0, atol=1e-5)
     parameters = [p for name in "kmpa" for p in adapters[name].parameters.values()]
-    mine = torch.autograd.grad(mixed.square().sum(), parameters, allow_unused=True)
-    theirs = torch.autograd.grad(torch.cat(alone).square().sum(), parameters, allow_unused=True)
+    # of no function that a last norm leaves alone: the gradients of such a one are what rounding leaves
+    pull = torch.randn(mixed.shape, generator=torch.Generator().manual_seed(0))
+    mine = torch.autograd.grad((mixed * pull).sum(), parameters, allow_unused=True)
+    theirs = torch.autograd.grad((torch.cat(alone) * pull).sum(), parameters, allow_unused=True)
     for one, two in zip(mine, theirs, strict=True):
         assert float((one - two).norm()) <= 2e-5 * float(two.norm()) + 1e-5
 
