@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.ours import attached, cut
 from benchmarks.rows import LENGTHS, make_steps
 from benchmarks.sft import TASKS, method_of
+from benchmarks.turns import live_storages
 from benchmarks.workers import described, machine, say, spread, tiny, told
 from tunesmith.core.switches import SAVINGS, without
 
@@ -74,6 +75,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         update, tokens = prepare(options, Path(folder))
     wanted = ways(options.alone)
+    update(0)  # what the optimizer remembers is made once, and is nobody's peak
     peaks = {name: peak(update, off, max(range(len(tokens)), key=tokens.__getitem__)) for name, off in wanted.items()}
     rounds: list[dict[str, tuple[float, float, float]]] = []
     for turn in range(options.rounds + 1):
@@ -146,11 +148,9 @@ def timed(update: Update, off: tuple[str, ...], index: int) -> tuple[float, floa
 
 def peak(update: Update, off: tuple[str, ...], index: int) -> int:
     """The most bytes of tensors made within an update that are alive at once."""
-    from tunesmith.plan.trace import LiveStorages
-
-    with without(*off), LiveStorages() as live:
+    with without(*off), live_storages() as live:
         update(index)
-    return live.peak_all_bytes
+    return int(live.peak_all_bytes)
 
 
 def summary(rounds: list[dict[str, tuple[float, float, float]]], name: str, peaks: dict[str, int]) -> dict[str, Any]:

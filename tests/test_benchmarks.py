@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,6 +80,15 @@ def test_the_ablation_runs_every_way_on_the_same_numbers(monkeypatch: pytest.Mon
     assert all(way["peak_bytes"] > 0 and way["time"]["median"] > 0 for way in result["ways"].values())
     assert all(on(name) for name in SAVINGS)
     assert ablate.table(result).count("\n") == len(result["ways"]) + 4
+
+
+def test_shared_beginnings_are_counted_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Kills: counting under a mode that switches the sharing off."""
+    rows = [{"ids": [*range(5, 105), at, at], "supervised": [False] * 101 + [True]} for at in range(4)]
+    monkeypatch.setattr(ablate, "make_steps", lambda settings, folder: [rows])
+    update, _ = ablate.prepare(ablate.parse(["--model", "tiny", "--rounds", "0"]), tmp_path)
+    update(0)
+    assert ablate.peak(update, (), 0) < 0.6 * ablate.peak(update, ("shared_prefix",), 0)
 
 
 def row(length: int) -> dict[str, Any]:
