@@ -91,8 +91,8 @@ class Bench:
                 told[name], found[name] = timed(sides[name])
             if turn:
                 rounds.append(found)
-            rate = {name: sum(map(len, told[name])) / found[name][0] for name in sides}
-            say(f"{self.precision} batch {size} round {turn}: {rate}")
+            rate = {name: [sum(map(len, told[name])) / seconds for seconds in found[name]] for name in sides}
+            say(f"{self.precision} batch {size} round {turn}: tokens/s by wall and by processor {rate}")
         if self.precision == "fp32":
             assert told["tunesmith"] == told["transformers"], "the sides do not write the same"
         lengths = list(map(len, prompts))
@@ -150,7 +150,7 @@ def prompts_of(loaded: Any, data: str) -> tuple[Written, set[int]]:
     return [dataset.prompt_ids(one, []) for one in dialogues], set(dataset.template_of(dialogues[0]).stop_ids)
 
 
-def continued(model: Any, prompts: Written, stops: set[int], tokens: int, cache: str) -> Written:
+def continued(model: Any, prompts: Written, stops: set[int], tokens: int, cache: str, **more: Any) -> Written:
     """transformers' generate for one batch, padded on the left; without stop tokens."""
     import torch
 
@@ -159,8 +159,9 @@ def continued(model: Any, prompts: Written, stops: set[int], tokens: int, cache:
     seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.no_grad():
         told = model.generate(
-            ids, attention_mask=seen, do_sample=False, max_new_tokens=tokens, eos_token_id=sorted(stops) or None,
-            pad_token_id=0, cache_implementation=None if cache == "dynamic" else cache, disable_compile=True,
+            input_ids=ids, attention_mask=seen, do_sample=False, max_new_tokens=tokens, pad_token_id=0,
+            eos_token_id=sorted(stops) or None, cache_implementation=None if cache == "dynamic" else cache,
+            disable_compile=True, **more,
         )  # fmt: skip
     rows = told[:, width:].tolist()
     ends = [next((place for place, token in enumerate(row) if token in stops), len(row)) for row in rows]

@@ -17,6 +17,7 @@ from tunesmith.core.switches import on
 from tunesmith.kernels.build import usable
 from tunesmith.kernels.lowrank import LowRank, Map, maps
 from tunesmith.models.copies import base_parameter, run_base, swap_of
+from tunesmith.models.mixed import together
 from tunesmith.models.places import places
 from tunesmith.models.route import Attached
 from tunesmith.models.soft import current_holes
@@ -254,10 +255,11 @@ class LinearPort(Port):
     """A port at an nn.Linear or at GPT-2's Conv1D, which keeps its weight input-major."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] to [..., out]; low-rank changes have a backward of their own."""
+        """x [..., in] to [..., out]; low-rank changes have a backward of their own, or act on all rows together."""
         held = as_map(self) if on("lowrank") and usable(x, self._parameters["weight"]) else None
         if held is None or not held.changes:
-            return super().forward(x)
+            mixed = together(self, x)
+            return super().forward(x) if mixed is None else mixed
         return maps(x.flatten(0, -2), [held]).unflatten(0, x.shape[:-1])
 
 
