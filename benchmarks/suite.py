@@ -91,6 +91,7 @@ def main(options: argparse.Namespace) -> None:
     """Runs what is missing and prints the table."""
     folder = Path(options.out) / f"{Path(options.model).name}-{options.threads}t"
     folder.mkdir(parents=True, exist_ok=True)
+    same_settings(folder, options)
     wanted = [name.strip() for name in options.cells.split(",") if name.strip()] or list(CELLS)
     for name in wanted:
         path = folder / f"{name}.json"
@@ -102,6 +103,16 @@ def main(options: argparse.Namespace) -> None:
             part.replace(path)
     found = {name: json.loads((folder / f"{name}.json").read_text()) for name in CELLS if _is_there(folder, name)}
     print(json.dumps(found, indent=1) if options.json else table(found))
+
+
+def same_settings(folder: Path, options: argparse.Namespace) -> None:
+    """Raises SystemExit where the folder holds cells of other settings."""
+    aside = ("cells", "out", "json", "suite", "threads")
+    kept = {key: value for key, value in vars(options).items() if key not in aside}
+    known = folder / "settings.txt"
+    if known.exists() and json.loads(known.read_text()) != kept:
+        raise SystemExit(f"{folder} holds cells of other settings; give another --out")
+    known.write_text(json.dumps(kept))
 
 
 def with_cell(options: argparse.Namespace, name: str) -> argparse.Namespace:
