@@ -23,7 +23,7 @@ INLINE floats power_of_two(floats x) {
     p = p * r + 2.4022648e-1f;
     p = p * r + 6.931472e-1f;
     p = p * r + 1.0f;
-    return (floats)(((ints)p + ((ints)shifted << 23)) & ~(ints)(x < -126.0f));
+    return (floats)(((words)p + ((words)shifted << 23)) & ~(words)(x < -126.0f));
 }
 
 /* The logarithm to base 2 of normal numbers: of the mantissa m in [.7, 1.4] by the series of artanh((m-1) / (m+1)). */
