@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,24 @@ from tunesmith.models.policy import Policy
 from tunesmith.models.route import Route
 
 # long enough for tiles of 16 and 32 to have edges, short enough for the sliding windows of the tiny models to matter
-BATCH = tiny_batch((37, 5, 21))
+LENGTHS = (37, 5, 21)
 FAMILIES = ("llama", "mistral", "qwen2", "gemma", "gpt2", "bert", "t5")
 
 
-def learnt(loaded: Any, case: str, recompute: Any = "none") -> tuple[float, dict[str, Tensor]]:
+def learnt(loaded: Any, case: str, recompute: Any = "none", seed: int = 0) -> tuple[float, dict[str, Tensor]]:
     """A loss and its gradients with a disturbed adapter, on a model of which nothing else is asked."""
+    batch = tiny_batch(LENGTHS, seed)
     adapter = built(case).attach(loaded, "a", 0)
     if case not in ("full", "lp_ft"):
-        disturb(adapter)
+        disturb(adapter, seed)
     policy = Policy(loaded, Route(("a",)), recompute=recompute).train()
     if loaded.family.kind == "encoder":
-        hidden = policy.hidden(BATCH)
+        hidden = policy.hidden(batch)
         draw = torch.Generator().manual_seed(0)
         pulled = hidden * torch.randn(hidden.shape, generator=draw).to(hidden)
         loss = torch.nn.functional.softplus(pulled.float()).sum()  # of one sign: a sum near zero has no exact digits
     else:
-        loss = policy.token_losses(BATCH).sum()
+        loss = policy.token_losses(batch).sum()
     loss.backward()
     found = {name: p.grad.double() for name, p in adapter.parameters.items() if p.grad is not None}
     return float(loss.detach()), found
@@ -65,15 +67,20 @@ def test_all_savings_together_change_nothing_in_fp32(case: str, family: str, tmp
 def test_in_bf16_savings_are_as_near_to_exact_arithmetic_as_the_plain_path(
     case: str, family: str, tmp_path: Path
 ) -> None:
-    narrow, narrow_too = (model_of(family, tmp_path, dtype=torch.bfloat16) for _ in range(2))
-    wide = model_of(family, tmp_path, dtype=torch.float64)
-    wide.model.load_state_dict(narrow.model.state_dict())  # the numbers of all three are bfloat16's
-    exact_loss, exact = learnt(wide, case)
-    loss, found = learnt(narrow, case)
-    with without(*SAVINGS):
-        plain_loss, plain = learnt(narrow_too, case)
-    assert distance(found, exact) <= 1.25 * distance(plain, exact)
-    assert abs(loss - exact_loss) <= max(1.25 * abs(plain_loss - exact_loss), 2e-3 * abs(exact_loss))
+    """Over several draws: on one, either may be the luckier."""
+    errors = []
+    for seed in range(4):
+        narrow, narrow_too = (model_of(family, tmp_path, dtype=torch.bfloat16) for _ in range(2))
+        wide = model_of(family, tmp_path, dtype=torch.float64)
+        wide.model.load_state_dict(narrow.model.state_dict())  # the numbers of all three are bfloat16's
+        exact_loss, exact = learnt(wide, case, seed=seed)
+        loss, found = learnt(narrow, case, seed=seed)
+        with without(*SAVINGS):
+            plain_loss, plain = learnt(narrow_too, case, seed=seed)
+        errors.append((distance(found, exact), distance(plain, exact), loss - exact_loss, plain_loss - exact_loss))
+    ours, plains, our_loss, plain_losses = (math.hypot(*column) for column in zip(*errors, strict=True))
+    assert ours <= 1.1 * plains
+    assert our_loss <= 1.5 * plain_losses + 1e-3 * abs(exact_loss)
 
 
 @pytest.mark.parametrize("saving", SAVINGS)
@@ -110,7 +117,7 @@ def test_nothing_below_the_lowest_trainable_place_builds_a_graph(
         return plain(*args)
 
     monkeypatch.setattr(blocks, "_block", watched)
-    Policy(loaded, adapter.route).token_losses(BATCH).sum().backward()
+    Policy(loaded, adapter.route).token_losses(tiny_batch(LENGTHS)).sum().backward()
     assert seen == [False, False]  # what goes into the lower block, and into the one that trains
 
 

@@ -256,7 +256,7 @@ class LinearPort(Port):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out]; low-rank changes have a backward of their own, or act on all rows together."""
-        held = as_map(self) if on("lowrank") and usable(x, self._parameters["weight"]) else None
+        held = as_map(self) if usable(x, self._parameters["weight"]) else None
         if held is None or not held.changes:
             mixed = together(self, x)
             return super().forward(x) if mixed is None else mixed
@@ -325,7 +325,7 @@ def as_map(module: nn.Module) -> Map | None:
     for share in port.attached.shares() if port is not None else ():
         for insert in port.of(share.adapter) if port is not None else ():
             change = insert.method.low_rank(insert) if share.rows is None and insert.rows is None else None
-            if change is None:
+            if change is None or not on("lowrank"):
                 return None
             changes.append(change)
     return Map(base.weight, base.bias, tuple(changes))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from tunesmith.core.switches import on
 from tunesmith.models.attention import is_heard
@@ -219,7 +218,7 @@ def _takes(policy: Policy, batch: Batch) -> bool:
     if window is not None and window < max(batch.lengths):
         return False
     # numbers are looked at, which a plan has none of
-    plain = type(batch.ids) is Tensor and batch.ids.device.type != "meta" and not _get_current_dispatch_mode_stack()
+    plain = type(batch.ids) is Tensor and batch.ids.device.type != "meta"
     return plain and torch._C._functorch.peek_interpreter_stack() is None
 
 
