@@ -9,7 +9,8 @@ the module that stands there, as in transformers. `tests/test_blocks.py` holds b
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -24,7 +25,7 @@ from tunesmith.kernels.lowrank import Again, Map, maps
 from tunesmith.models.attention import attend, is_heard
 from tunesmith.models.copies import swap_of
 from tunesmith.models.ports import Port, as_map
-from tunesmith.models.recompute import again
+from tunesmith.models.recompute import again, is_again, made_again
 
 log = logging.getLogger(__name__)
 # model class -> what is added to the gain of its norms
@@ -60,7 +61,7 @@ def hidden(model: Any, inputs: dict[str, Any], rows: Tensor | None = None) -> Te
     x, beside = x[0], None
     for number, layer in enumerate(base.layers, 1):
         run = partial(_block, shape, layer)
-        if "forward" in layer.__dict__:  # as `recompute` has asked for
+        if is_again(layer):
             run = partial(again, run)
         x, beside = run(x, beside, rows if number == len(base.layers) else None)
     found, _, _ = _normed(shape, base.norm, x, beside)
@@ -99,10 +100,20 @@ def _block(shape: _Shape, layer: Any, x: Tensor, beside: Tensor | None, rows: Te
     if rows is not None:
         x, beside = x[rows], beside[rows]
     beside = _mapped((attention.o_proj,), beside)
+    run = partial(_mlp, shape, layer)
+    return again(run, x, beside) if is_again(mlp) and _known((mlp.gate_proj, mlp.up_proj)) is None else run(x, beside)
+
+
+def _mlp(shape: _Shape, layer: Any, x: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
+    """The second half of a block, with arguments and results as the whole."""
+    mlp = layer.mlp
+    inner = (mlp.gate_proj, mlp.up_proj)
     h, x, make = _normed(shape, layer.post_attention_layernorm, x, beside)
-    both = _mapped((mlp.gate_proj, mlp.up_proj), h, make)
+    both = _mapped(inner, h, make)
     gate = partial(elementwise.gated, kind=gate_of(shape.config) or "")
-    return x, _mapped((mlp.down_proj,), gate(both), Again(gate, (both.detach(),)))
+    known = _known(inner) if is_again(mlp) else None
+    with nullcontext() if known is None else made_again(both, _product(known, h, make)):
+        return x, _mapped((mlp.down_proj,), gate(both), Again(gate, (both.detach(),)))
 
 
 def _attended(shape: _Shape, attention: Any, qkv: Tensor) -> Tensor:
@@ -145,14 +156,33 @@ def _normed(shape: _Shape, module: nn.Module, x: Tensor, beside: Tensor | None) 
 
 def _mapped(modules: Sequence[Any], x: Tensor, make: Again | None = None) -> Tensor:
     """What maps make of x, side by side: one product where nothing but low-rank changes acts on them."""
-    held = [as_map(module) for module in modules]
-    if any(one is None for one in held):
+    known = _known(modules)
+    if known is None:
         return _side_by_side([module(x) for module in modules])
-    known: list[Map] = held  # type: ignore[assignment]
     make = make if on("remake") else None
-    if on("grouped"):
-        return maps(x, known, make)
-    return _side_by_side([maps(x, [one], make) for one in known])
+    return _side_by_side([maps(x, group, make) for group in _groups(known)])
+
+
+def _known(modules: Sequence[Any]) -> list[Map] | None:
+    """Maps with nothing but low-rank changes on them; None where one of them is more."""
+    held = [as_map(module) for module in modules]
+    return None if any(one is None for one in held) else held  # type: ignore[return-value]
+
+
+def _groups(known: list[Map]) -> list[list[Map]]:
+    """Which maps are one product."""
+    return [known] if on("grouped") else [[one] for one in known]
+
+
+def _product(known: list[Map], x: Tensor, make: Again | None) -> Callable[[], Tensor]:
+    """Makes what `_mapped` makes once more, in a backward, where neither route nor switches are those of now."""
+    groups, make = _groups(known), make or Again(Tensor.detach, (x.detach(),))
+
+    def product() -> Tensor:
+        made = make.make(*make.kept)
+        return _side_by_side([maps(made, group) for group in groups])
+
+    return product
 
 
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor:

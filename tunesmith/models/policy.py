@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,9 @@ from tunesmith.models.cross_entropy import Shaping, fused_losses, plain_losses, 
 from tunesmith.models.families import setting
 from tunesmith.models.inputs import states
 from tunesmith.models.ports import Port
-from tunesmith.models.recompute import keep, recompute
+from tunesmith.models.recompute import Blocks, How, Recompute
 from tunesmith.models.route import BASE, Owners, Route
 from tunesmith.models.scores import scores
-from tunesmith.models.targets import block_paths
 
 if TYPE_CHECKING:
     from tunesmith.core.types import Batch
@@ -37,7 +36,8 @@ class Policy:
 
     Args:
         route: the adapters that act; none by default.
-        recompute: `full` computes every block again in the backward pass instead of keeping its activations.
+        recompute: what is computed again in the backward pass instead of kept: of every block (`full`), of the MLP
+            of every block (`selective`), or as a plan has chosen.
         packed: False runs padded although the family could do without.
     """
 
@@ -46,7 +46,7 @@ class Policy:
         loaded: Loaded,
         route: Route = BASE,
         *,
-        recompute: Literal["none", "full"] = "none",
+        recompute: How | Recompute = "none",
         packed: bool = True,
     ) -> None:
         self.model, self.family, self.route = loaded.model, loaded.family, route
@@ -68,12 +68,9 @@ class Policy:
         other.route = route
         return other
 
-    def recompute(self, how: Literal["none", "full"]) -> None:
+    def recompute(self, how: How | Recompute) -> None:
         """Switches activation recomputation for the whole model."""
-        blocks = [self.model.get_submodule(path) for path in block_paths(self.model, self.family)]
-        if how == "full" and not blocks:
-            raise ConfigError(f"the blocks of {self.family.name} are not known", where="train.recompute")
-        (recompute if how == "full" else keep)(blocks)
+        Blocks(self.model, self.family).set(how)
 
     def token_losses(self, batch: Batch) -> Tensor:
         """Negative log-likelihood of each target given what precedes it in its document.
