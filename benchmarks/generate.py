@@ -133,10 +133,10 @@ class Bench:
         if len(names) == 1:
             return str(names[0])
         seconds = {}
-        for _ in range(2):  # the first one warms up
-            for name in names:
-                seconds[name] = timed(lambda name=name: self.other(prompts, size, name, 16))[1][0]
-        say(f"{self.precision} batch {size}: seconds of transformers by setting {seconds}")
+        for name in names:
+            self.other(prompts, size, name, 2)
+            seconds[name] = timed(lambda name=name: self.other(prompts, size, name, self.options.tokens))[1][1]
+        say(f"{self.precision} batch {size}: processor seconds of transformers by setting {seconds}")
         return str(min(seconds, key=lambda name: seconds[name]))
 
 

@@ -36,8 +36,16 @@ INLINE void score(const Row *r, const float *q, float *scores, long room, float 
     const ints counted = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (long token = r->first / PAIR * PAIR; token < r->seen; token += PAIR) {
         const char *block = key_block(r, token, dtype);
+        const char *next = token + PAIR < r->seen ? key_block(r, token + PAIR, dtype) : block;
+        const char *values = value_page(r, token, dtype) + token % r->page * r->width * SIZE(dtype);
         floats sums[TOGETHER][2] = {};
         for (long i = 0; i < r->width; i++) {
+            if (i % 2 == 0 || !dtype) { /* pages lie anywhere: nobody else knows what comes next */
+                __builtin_prefetch(next + i * LANES * SIZE(dtype));
+                __builtin_prefetch(next + (r->width + i) * LANES * SIZE(dtype));
+                __builtin_prefetch(values + i * LANES * SIZE(dtype));
+                __builtin_prefetch(values + (r->width + i) * LANES * SIZE(dtype));
+            }
             const floats low = load(block, i * LANES, LANES, dtype);
             const floats high = load(block, (r->width + i) * LANES, LANES, dtype);
             for (int h = 0; h < heads; h++) {

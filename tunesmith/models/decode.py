@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.kernels import elementwise, few
+from tunesmith.kernels.packed import Packed
 from tunesmith.models import blocks
 from tunesmith.models.copies import swap_of
 from tunesmith.models.ports import Port, attached_to
@@ -25,6 +26,8 @@ from tunesmith.models.route import Route, Segments, current_route
 _WRITERS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "GemmaForCausalLM"}
 # rotary tables that depend on nothing but the position
 _ROPES = {"default", "linear", "llama3", "yarn"}
+# weights are laid out anew for products of up to so many rows, once there have been so many of these: what it costs
+_PACKED_ROWS, _OFTEN = 128, 8
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v -> [tokens, heads, width]
 
 
@@ -175,6 +178,8 @@ class Product:
         self.factors = [few.Factors(pairs) for pairs in found if pairs is not None]
         self.down: Tensor | None = None
         self.ups: list[Tensor] = []
+        self.packed: Packed | None = None
+        self.calls = 0
         if not decoder.acting.rows and any(one.most for one in self.factors):
             self._alone([one.pairs[0] for one in self.factors])
 
@@ -184,11 +189,25 @@ class Product:
             parts = [module(x) for module in self.modules]
             return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         narrow = None if self.down is None else few.nt(x, [self.down])
-        y = few.nt(x, self.weights, narrow, self.ups, self.biases)
+        y = self._base(x, narrow)
         if groups is not None:
             for part, factors in zip(y.split(self.sizes, 1), self.factors, strict=True):
                 few.changes(part, x, factors, groups)
         return y
+
+    def _base(self, x: Tensor, narrow: Tensor | None) -> Tensor:
+        """The maps, with the changes of the only group where there is one."""
+        if few.MOST[x.dtype] < len(x) <= _PACKED_ROWS:
+            self.calls += 1
+            if self.calls == _OFTEN:
+                self.packed = Packed(self.weights, self.biases)
+            if self.packed is not None:
+                y = self.packed(x)
+                if narrow is not None:
+                    for part, up in zip(y.split(self.sizes, 1), self.ups, strict=True):
+                        part.addmm_(narrow, up.T)
+                return y
+        return few.nt(x, self.weights, narrow, self.ups, self.biases)
 
     def _alone(self, pairs: Sequence[tuple[Tensor, Tensor] | None]) -> None:
         """One pair of factors for all maps: each adds zero times what the others' first factors give."""
