@@ -12,8 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from tunesmith.core.files import cache_folder
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# many tests have a cache of their own: the kernels need not be compiled in each
+os.environ.setdefault("TUNESMITH_KERNELS", str(cache_folder() / "kernels"))
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ FLAGS = (
     "-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
     "-shared", "-fPIC",
 )  # fmt: skip
+FOLDER = "TUNESMITH_KERNELS"  # names another folder for what is compiled
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -141,7 +142,7 @@ def _built(compiler: str) -> Path:
     sources = sorted(HERE.glob("*.c"))
     content = b"".join(path.read_bytes() for path in [*sources, *sorted(HERE.glob("*.h"))])
     key = [*FLAGS, compiler, platform.machine(), _processor(), torch.__version__, hashlib.sha256(content).hexdigest()]
-    folder = cache_folder() / "kernels"
+    folder = Path(os.environ.get(FOLDER) or cache_folder() / "kernels")
     target = folder / f"{hashlib.sha256(' '.join(key).encode()).hexdigest()[:16]}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
