@@ -61,7 +61,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 class Bench:
     """One precision: a model with adapters for each side, and prompts."""
 
-    def __init__(self, options: argparse.Namespace, precision: str) -> None:
+    def __init__(self, options: argparse.Namespace, precision: Any) -> None:
         from tunesmith.models.load import load
         from tunesmith.models.route import Route
 
@@ -80,7 +80,7 @@ class Bench:
 
         from tunesmith.adapt.lora import LoRA
 
-        found = {}
+        found: dict[str, Any] = {}
         draw = torch.Generator().manual_seed(0)
         for number, name in enumerate(self.names):
             adapter = LoRA(rank=self.options.rank, targets=MAPS).attach(self.loaded, name, seed=number)

@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 class Bench:
     """One precision: a model for each side, and prompts."""
 
-    def __init__(self, options: argparse.Namespace, precision: str) -> None:
+    def __init__(self, options: argparse.Namespace, precision: Any) -> None:
         from tunesmith.models.load import load
 
         self.options, self.precision = options, precision
@@ -135,7 +136,7 @@ class Bench:
         seconds = {}
         for name in names:
             self.other(prompts, size, name, 2)
-            seconds[name] = timed(lambda name=name: self.other(prompts, size, name, self.options.tokens))[1][1]
+            seconds[name] = timed(partial(self.other, prompts, size, name, self.options.tokens))[1][1]
         say(f"{self.precision} batch {size}: processor seconds of transformers by setting {seconds}")
         return str(min(seconds, key=lambda name: seconds[name]))
 

@@ -23,6 +23,7 @@ SAVINGS = {
     "remake": "what is cheap to make again is not kept for the backward",
     "trim": "the last block's maps only where a token is supervised",
     "shared_prefix": "a beginning that documents share is computed once",
+    "paged": "rows are written at any place together, by our own blocks over keys and values in pages",
 }
 VARIABLE = "TUNESMITH_OFF"
 

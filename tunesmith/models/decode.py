@@ -8,6 +8,7 @@ own. Whatever else stands at a place runs through its module. Which rows run, an
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunesmith.core.switches import on
 from tunesmith.kernels import elementwise, few
 from tunesmith.kernels.packed import Packed
 from tunesmith.models import blocks
@@ -28,12 +30,13 @@ _WRITERS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Gemma
 _ROPES = {"default", "linear", "llama3", "yarn"}
 # weights are laid out anew for products of up to so many rows, once there have been so many of these: what it costs
 _PACKED_ROWS, _OFTEN = 128, 8
+_PACKED_SHARE = 0.2  # of the machine's memory, for models up to that size
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v -> [tokens, heads, width]
 
 
 def decoder_of(model: Any, route: Route | None) -> Decoder | None:
     """How a model writes here under a route; None where it does not."""
-    if type(model).__name__ not in _WRITERS or model.device.type != "cpu" or not blocks.fits(model):
+    if not on("paged") or not blocks.fits(model) or type(model).__name__ not in _WRITERS or model.device.type != "cpu":
         return None
     if getattr(model.base_model.rotary_emb, "rope_type", "default") not in _ROPES:
         return None
@@ -94,6 +97,9 @@ class Decoder:
         self.heads, self.kv = self.config.num_attention_heads, self.config.num_key_value_heads
         self.width, self.scale = attention.head_dim, float(attention.scaling)
         self.windows = [blocks.window_of(self.config, layer.self_attn) or 0 for layer in self.base.layers]
+        # what is laid out anew is a copy of all maps
+        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        self.may_pack = size < _PACKED_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self.blocks = [_Block(layer, self) for layer in self.base.layers]
         self.norm, self.head = _Norm(self.base.norm, self), Product([model.get_output_embeddings()], self)
 
@@ -179,6 +185,7 @@ class Product:
         self.down: Tensor | None = None
         self.ups: list[Tensor] = []
         self.packed: Packed | None = None
+        self.may_pack = decoder.may_pack
         self.calls = 0
         if not decoder.acting.rows and any(one.most for one in self.factors):
             self._alone([one.pairs[0] for one in self.factors])
@@ -199,7 +206,7 @@ class Product:
         """The maps, with the changes of the only group where there is one."""
         if few.MOST[x.dtype] < len(x) <= _PACKED_ROWS:
             self.calls += 1
-            if self.calls == _OFTEN:
+            if self.calls == _OFTEN and self.may_pack:
                 self.packed = Packed(self.weights, self.biases)
             if self.packed is not None:
                 y = self.packed(x)
