@@ -69,6 +69,7 @@ class Plan:
         flops: of all steps, forward and backward.
         seconds: None where the machine has not been measured.
         exact_activations: they were traced through the model rather than estimated from its shape.
+        recompute: what is computed again in the backward, where that was chosen (`choice.Choice`); else None.
     """
 
     parameters: Parameters
@@ -78,6 +79,7 @@ class Plan:
     flops: int
     seconds: float | None = None
     exact_activations: bool = False
+    recompute: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers under the fixed keys."""
@@ -89,6 +91,7 @@ class Plan:
             "flops": self.flops,
             "seconds": self.seconds,
             "activations": "traced" if self.exact_activations else "estimated",
+            "recompute": self.recompute,
         }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.amounts import in_bytes, in_count, in_time
+from tunesmith.plan.choice import choice_line
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -39,7 +40,8 @@ def show_plan(plan: dict[str, Any], width: int = 36) -> RenderableType:
         if memory[key]:
             table.add_row(name, in_bytes(memory[key]), Text(bar(memory[key], largest, width), style=colour))
     table.add_row("total", Text(in_bytes(memory["total_bytes"]), style="bold"), Text(_notes(plan), style="dim"))
-    return Group(Text(_headline(plan)), Text(), table, Text(), Text(_work(plan)))
+    line = choice_line(plan["recompute"]) if plan.get("recompute") else ""
+    return Group(Text(_headline(plan)), Text(), table, Text(), Text(_work(plan)), *([Text(line)] if line else []))
 
 
 def bar(value: float, largest: float, width: int) -> str:

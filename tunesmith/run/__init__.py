@@ -121,6 +121,7 @@ class _Ready:
 
 def _make_ready(prepared: Prepared, folder: RunFolder) -> _Ready:
     from tunesmith.models.load import load
+    from tunesmith.plan.choice import check_fits
     from tunesmith.plan.show import show_plan
     from tunesmith.run.judging_heads import judge_of
     from tunesmith.run.planning import plan_run
@@ -134,14 +135,17 @@ def _make_ready(prepared: Prepared, folder: RunFolder) -> _Ready:
     # a resumed run computes as it began, wherever it goes on
     compute = folder.facts.get("precision") or resolve(config.precision)
     say(_how(compute, choose_threads()))
-    plan = plan_run(prepared)
+    before = folder.facts.get("recompute")
+    plan = plan_run(prepared, chosen=before)
+    if before is None:
+        check_fits(plan)
     write_atomic(folder.path / "plan.json", canonical_json(plan.as_dict(), indent=1) + "\n")
     _print(show_plan(plan.as_dict()))
     loaded = load(str(prepared.folder), dtype=compute)
     loaded.predicts = prepared.problem
     folder.record(
         status="running", versions=versions(), machine=machine(), data=prepared.data_facts(),
-        precision=compute, seed=config.train.seed, model=_model_facts(loaded, config.model),
+        precision=compute, recompute=plan.recompute, seed=config.train.seed, model=_model_facts(loaded, config.model),
     )  # fmt: skip
     return _Ready(prepared, loaded, judge_of(prepared, folder.path))
 
@@ -162,6 +166,7 @@ def _how(compute: str, gain: float) -> str:
 def _carry_out(ready: _Ready, folder: RunFolder, resume: bool, before: bool, libraries: float) -> None:
     from tunesmith.evaluate.report import write_report
     from tunesmith.models.policy import Policy
+    from tunesmith.run.planning import recomputed
 
     prepared, loaded, judge = ready.prepared, ready.loaded, ready.judge
     config = prepared.config
@@ -169,7 +174,8 @@ def _carry_out(ready: _Ready, folder: RunFolder, resume: bool, before: bool, lib
     if before:
         judge.before(loaded)
     adapter = config.method.attach(loaded, seed=config.train.seed)
-    policy = Policy(loaded, adapter.route, recompute=config.train.recompute, packed=config.data.packing)
+    how = recomputed(config, folder.facts.get("recompute"))
+    policy = Policy(loaded, adapter.route, recompute=how, packed=config.data.packing)
     result = _train(prepared, folder, adapter, policy, judge, resume)
     saved = adapter.save(folder.path)
     judge.after(loaded, adapter.route, config.method.kind)

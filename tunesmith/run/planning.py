@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.run.prepare import Prepared
 
 if TYPE_CHECKING:
+    from tunesmith.config import Config
     from tunesmith.models.load import Loaded
+    from tunesmith.models.recompute import How, Recompute
     from tunesmith.plan.plan import Plan
 
 
-def plan_run(prepared: Prepared, *, calibrated: bool = True) -> Plan:
+def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, Any] | None = None) -> Plan:
     """What the run will need. Raises ConfigError where the method does not fit the model.
 
     Args:
         calibrated: measure this machine (once, for a second or two) so that the plan can say how long.
+        chosen: what an earlier plan of the run chose to recompute, for `train.recompute: auto`; None chooses now.
     """
     from torch import nn
 
     from tunesmith.models.policy import Policy
+    from tunesmith.models.recompute import Blocks
+    from tunesmith.plan.choice import cheapest
     from tunesmith.plan.compute import calibrate
     from tunesmith.plan.plan import Workload, make_plan
+    from tunesmith.plan.room import room_bytes
     from tunesmith.plan.shape import read_shape
     from tunesmith.train.precision import resolve
 
@@ -29,21 +36,39 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True) -> Plan:
     compute = resolve(config.precision)
     loaded = open_meta(prepared)
     adapter = config.method.attach(loaded, seed=config.train.seed)
-    policy = Policy(loaded, adapter.route, recompute=config.train.recompute, packed=config.data.packing)
+    policy = Policy(loaded, adapter.route, packed=config.data.packing)
     lengths, share = _micro_batch(prepared)
     totals = prepared.totals
     shape = read_shape(prepared.folder)
     model = loaded.model if adapter.head is None else nn.ModuleList([loaded.model, adapter.head])
-    return make_plan(
-        model,
-        shape,
-        Workload(totals.steps, totals.tokens, lengths, share, config.objective.predicts),
-        trainable=list(adapter.parameters.values()),
-        loss=lambda batch: config.objective.loss(policy, batch).total,
-        master=config.precision.master,
-        calibration=calibrate(shape, sum(lengths), compute) if calibrated else None,
-        recompute=config.train.recompute == "full",
-    )
+    calibration = calibrate(shape, sum(lengths), compute) if calibrated else None
+
+    def made(how: How | Recompute) -> Plan:
+        policy.recompute(how)
+        return make_plan(
+            model,
+            shape,
+            Workload(totals.steps, totals.tokens, lengths, share, config.objective.predicts),
+            trainable=list(adapter.parameters.values()),
+            loss=lambda batch: config.objective.loss(policy, batch).total,
+            master=config.precision.master,
+            calibration=calibration,
+        )
+
+    if config.train.recompute != "auto":
+        return made(config.train.recompute)
+    if chosen is not None:
+        return replace(made(recomputed(config, chosen)), recompute=chosen)
+    return cheapest(made, Blocks(loaded.model, loaded.family).count, room_bytes())
+
+
+def recomputed(config: Config, chosen: dict[str, Any] | None) -> How | Recompute:
+    """What a run computes again: as its configuration says, or as its plan chose."""
+    from tunesmith.models.recompute import Recompute
+
+    if config.train.recompute != "auto":
+        return config.train.recompute
+    return Recompute(chosen["whole"], chosen["partly"]) if chosen else "none"
 
 
 def open_meta(prepared: Prepared) -> Loaded:

@@ -49,7 +49,8 @@ class TrainSection(Section):
         seed: of data order and dropout.
         minutes: the run ends, saved, after so long.
         tokens: the run ends, saved, after so many tokens.
-        recompute: `full` recomputes activations in the backward pass: less memory, about a third slower.
+        recompute: what is made again in the backward pass instead of kept: of every block (`full`), of the MLP of
+            every block (`selective`), or as little as lets the run fit into the memory that is free (`auto`).
         stop: early stop on a metric; the best checkpoint's weights are the result.
     """
 
@@ -70,7 +71,7 @@ class TrainSection(Section):
     seed: int = Field(default=0, ge=0, lt=2**63)
     minutes: float | None = Field(default=None, gt=0)
     tokens: int | None = Field(default=None, ge=1)
-    recompute: Literal["none", "full"] = "none"
+    recompute: Literal["none", "selective", "full", "auto"] = "none"
     stop: StopSection | None = None
 
     @model_validator(mode="before")
