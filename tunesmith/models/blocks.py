@@ -26,6 +26,7 @@ from tunesmith.models.attention import attend, is_heard
 from tunesmith.models.copies import swap_of
 from tunesmith.models.ports import Port, as_map
 from tunesmith.models.recompute import again, is_again, made_again
+from tunesmith.models.trunk import current_cut
 
 log = logging.getLogger(__name__)
 # model class -> what is added to the gain of its norms
@@ -50,20 +51,29 @@ def fits(model: Any) -> bool:
 def hidden(model: Any, inputs: dict[str, Any], rows: Tensor | None = None) -> Tensor:
     """What the last norm gives: [tokens, width], or for some tokens only, [rows, width].
 
+    Under a cut (`trunk.py`) blocks below it are left out, or those above and the norm.
+
     Args:
         inputs: `input_ids` and `position_ids`, [1, tokens].
         rows: int64, the tokens whose states are wanted; None for all.
     """
-    base = model.base_model
-    x = base.embed_tokens(inputs["input_ids"])
+    base, cut = model.base_model, current_cut()
+    below, given = (0, None) if cut is None else (cut.block, cut.states)
+    x = base.embed_tokens(inputs["input_ids"]) if given is None else given
     cos, sin = (part[0] for part in base.rotary_emb(x, inputs["position_ids"]))
     shape = _Shape(model.config, KNOWN[type(base).__name__], cos.contiguous(), sin.contiguous())
     x, beside = x[0], None
     for number, layer in enumerate(base.layers, 1):
+        if cut is not None and (number > below) is (given is None):
+            continue
         run = partial(_block, shape, layer)
         if is_again(layer):
             run = partial(again, run)
         x, beside = run(x, beside, rows if number == len(base.layers) else None)
+    if cut is not None and given is None:
+        return x if beside is None else x + beside
+    if rows is not None and below == len(base.layers):
+        x = x[rows]
     found, _, _ = _normed(shape, base.norm, x, beside)
     return found
 

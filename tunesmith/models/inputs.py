@@ -8,7 +8,7 @@ different adapters, those with the same ones run together: no model code has to 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.errors import AdapterError
+from tunesmith.models.attention import is_heard
 from tunesmith.models.families import setting
 from tunesmith.models.places import runs
 from tunesmith.models.route import Route, Segments
 from tunesmith.models.seq2seq import prompts_of
 from tunesmith.models.shared import Compact, compacted
 from tunesmith.models.soft import Layout, check_positions, layout
+from tunesmith.models.trunk import Cut
 
 if TYPE_CHECKING:
     from tunesmith.core.types import Batch
@@ -55,11 +57,14 @@ def states(
     if room is not None:
         check_positions(policy.model, room)
     compact = None if room is not None else compacted(policy, batch)
+    cut = None if room is not None else _cut(policy, batch, run)
     if compact is not None:
-        return _once(policy, batch, compact, run, wanted)
+        return _once(policy, batch, compact, cut, run, wanted)
     wide = batch if room is None else _widened(batch, room)
     places = _chosen(room, wanted, batch.ids.device)
-    with policy.route.enter(), (_packed if policy.packed else _padded)(policy, wide, room) as inputs:
+    if cut is not None and cut.states is not None and not policy.packed:
+        cut = replace(cut, states=_in_rows(cut.states, batch))
+    with policy.route.enter(), _entered(cut), (_packed if policy.packed else _padded)(policy, wide, room) as inputs:
         if policy.packed:
             return run(inputs, places)
         found = run(inputs, None)[_places(wide)]
@@ -70,13 +75,42 @@ def _once(
     policy: Policy,
     batch: Batch,
     compact: Compact,
+    cut: Cut | None,
     run: Callable[[dict[str, Any], Tensor | None], Tensor],
     wanted: Tensor | None,
 ) -> Tensor:
     """The same where documents share beginnings. A segment acts as a row: it has the adapters of its document."""
     route = policy.route.select(compact.owners)
-    with route.enter(), _packed(policy, compact.part(batch), None, compact.segments) as inputs:
+    if cut is not None and cut.states is not None:
+        cut = replace(cut, states=cut.states[:, compact.tokens])
+    with route.enter(), _entered(cut), _packed(policy, compact.part(batch), None, compact.segments) as inputs:
         return compact.states(lambda places: run(inputs, places), wanted)
+
+
+def _cut(policy: Policy, batch: Batch, run: Callable[[dict[str, Any], Tensor | None], Tensor]) -> Cut | None:
+    """What comes out of the policy's trunk, [1, tokens, width], where it is kept; None where the trunk is to run."""
+    trunk = policy.trunk
+    if trunk is None or policy.route.rows or is_heard():
+        return None
+
+    def alone(row: int) -> Tensor:
+        part, _ = documents(batch, [row])
+        inside = (_packed if policy.packed else _padded)(policy, part, None)
+        with policy.route.enter(), trunk.below().enter(), inside as inputs:
+            found = run(inputs, None)
+        return found if policy.packed else found[0]
+
+    return trunk.cut(batch, alone)
+
+
+def _entered(cut: Cut | None) -> AbstractContextManager[None]:
+    return nullcontext() if cut is None else cut.enter()
+
+
+def _in_rows(states: Tensor, batch: Batch) -> Tensor:
+    """States [1, tokens, width] as a padded batch has them: [documents, longest, width]."""
+    shape = len(batch.lengths), max(batch.lengths), states.shape[2]
+    return states.new_zeros(shape).index_put(_places(batch), states[0])
 
 
 def _chosen(room: Layout | None, wanted: Tensor | None, device: torch.device) -> Tensor | None:

@@ -25,6 +25,7 @@ from tunesmith.models.ports import Port
 from tunesmith.models.recompute import Blocks, How, Recompute
 from tunesmith.models.route import BASE, Owners, Route
 from tunesmith.models.scores import scores
+from tunesmith.models.trunk import Trunk, through
 
 if TYPE_CHECKING:
     from tunesmith.core.types import Batch
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 class Policy:
     """A loaded model under one route.
+
+    Attributes:
+        trunk: keeps what comes out of the blocks below all that trains; None keeps nothing.
 
     Args:
         route: the adapters that act; none by default.
@@ -51,6 +55,7 @@ class Policy:
     ) -> None:
         self.model, self.family, self.route = loaded.model, loaded.family, route
         self.config = loaded.model.config
+        self.trunk: Trunk | None = None
         self.packed = packed and self.family.packed
         if self.packed:
             attention.use(self.model)
@@ -138,12 +143,12 @@ class Policy:
             if on("trim") and rows is not None and not self.route.rows:
                 return blocks.hidden(self.model, inputs, rows)
             return _picked(blocks.hidden(self.model, inputs), rows)
-        found = self.model.base_model(**inputs).last_hidden_state
+        found = through(self.model, self.family, lambda: self.model.base_model(**inputs).last_hidden_state)
         return _picked(found[0], rows) if self.packed else found
 
     def _own_logits(self, batch: Batch, wanted: Tensor) -> Tensor:
         def run(inputs: dict[str, Any], rows: Tensor | None) -> Tensor:
-            found: Tensor = self.model(**inputs).logits
+            found = through(self.model, self.family, lambda: self.model(**inputs).logits)
             return _picked(found[0], rows) if self.packed else found
 
         return states(self, batch, run, wanted)

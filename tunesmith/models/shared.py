@@ -230,14 +230,22 @@ def _is_even(model: nn.Module) -> bool:
         held: dict[str, Any] = vars(module)
         if held.get("is_causal") is False:
             return False
-        if module.training and (_drops(held) or (isinstance(module, Insert) and _drops(vars(module.method)))):
-            return False
-        if module.training and "Dropout" in type(module).__name__ and held.get("p", 1.0) > 0:
+        if drops(module):
             return False
     return True
 
 
-def _drops(held: dict[str, Any]) -> bool:
+def drops(module: nn.Module) -> bool:
+    """Whether dropout acts in a module itself, as far as its attributes tell."""
+    held: dict[str, Any] = vars(module)
+    if not module.training:
+        return False
+    if _names_a_share(held) or (isinstance(module, Insert) and _names_a_share(vars(module.method))):
+        return True
+    return "Dropout" in type(module).__name__ and held.get("p", 1.0) > 0
+
+
+def _names_a_share(held: dict[str, Any]) -> bool:
     """Whether something here is called a dropout and is not zero."""
     for name, value in held.items():
         if "drop" in name:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tunesmith.adapt.adapter import Adapter
     from tunesmith.models.load import Loaded
     from tunesmith.models.policy import Policy
+    from tunesmith.models.trunk import Trunk
     from tunesmith.run.judging import Judge
     from tunesmith.train.tuned import Result
 
@@ -203,10 +204,11 @@ def _next(prepared: Prepared, folder: RunFolder) -> str:
 class _Tuned:
     """The adapter and its policy, as the trainer wants them."""
 
-    def __init__(self, adapter: Adapter, policy: Policy) -> None:
+    def __init__(self, adapter: Adapter, policy: Policy, trunk: Trunk | None) -> None:
         self.parameters = adapter.parameters
         self.policy = policy
         self.phases = adapter.phases
+        self.on_phase = (lambda number: None) if trunk is None else trunk.begin
         self.lr_factors = adapter.lr_factors
         self.memory, self.penalty, self.after_step = adapter.memory, adapter.penalty, adapter.after_step
 
@@ -214,6 +216,7 @@ class _Tuned:
 def _train(
     prepared: Prepared, folder: RunFolder, adapter: Adapter, policy: Policy, judge: Judge, resume: bool
 ) -> Result:
+    from tunesmith.models.trunk import Trunk
     from tunesmith.train.log import TensorBoard
     from tunesmith.train.progress import training_progress
     from tunesmith.train.trainer import train
@@ -223,8 +226,12 @@ def _train(
         observers: list[Any] = [stack.enter_context(training_progress(prepared.totals.steps))]
         if "tensorboard" in config.log:
             observers.append(stack.enter_context(closing(TensorBoard(folder.path / "tensorboard"))))
-        return train(
-            _Tuned(adapter, policy),
+        trunk = None
+        if config.train.cache_trunk:
+            trunk = policy.trunk = Trunk(adapter.loaded, folder.path / "cache", config.train.cache_trunk)
+            stack.callback(trunk.close)
+        result = train(
+            _Tuned(adapter, policy, trunk),
             prepared.stream,
             config.objective,
             config.train,
@@ -236,6 +243,10 @@ def _train(
             observers=observers,
             resume=resume,
         )
+        if trunk is not None:
+            policy.trunk = None
+            trunk.remove()
+        return result
 
 
 def _model_facts(loaded: Loaded, name: str) -> dict[str, Any]:

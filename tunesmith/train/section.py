@@ -51,6 +51,7 @@ class TrainSection(Section):
         tokens: the run ends, saved, after so many tokens.
         recompute: what is made again in the backward pass instead of kept: of every block (`full`), of the MLP of
             every block (`selective`), or as little as lets the run fit into the memory that is free (`auto`).
+        cache_trunk: bytes on disk for what frozen lower blocks make of the rows, so that they run once; 0 is off.
         stop: early stop on a metric; the best checkpoint's weights are the result.
     """
 
@@ -72,6 +73,7 @@ class TrainSection(Section):
     minutes: float | None = Field(default=None, gt=0)
     tokens: int | None = Field(default=None, ge=1)
     recompute: Literal["none", "selective", "full", "auto"] = "none"
+    cache_trunk: int = Field(default=0, ge=0)
     stop: StopSection | None = None
 
     @model_validator(mode="before")

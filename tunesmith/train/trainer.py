@@ -117,6 +117,7 @@ class _Run:
         self.memory = {MEMORY + name: value for name, value in getattr(tuned, "memory", {}).items()}
         self.penalty = getattr(tuned, "penalty", lambda: None)
         self.after_step = getattr(tuned, "after_step", lambda step, total_steps: None)
+        self.on_phase = getattr(tuned, "on_phase", lambda number: None)
         self._enter(1)
         self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
         self.state = State()
@@ -134,6 +135,7 @@ class _Run:
             return False
         self.span = span
         train_only(self.precision.parameters, span.names)
+        self.on_phase(span.number)
         masters = {name: self.precision.masters[name] for name in span.names}
         self.optimizer = AdamW(masters, weight_decay=self.settings.weight_decay, lr_factors=self.lr_factors)
         return True

@@ -32,6 +32,7 @@ class Tuned(Protocol):
         lr_factors: what the learning rate of some parameters is multiplied by, by name; without the attribute, or
             where it is empty, all have the same.
         memory: tensors that its method remembers from step to step, by name; saved in every checkpoint.
+        on_phase: told the number of a phase, from 1, when it is known what trains; without the attribute nobody is.
         penalty, after_step: of `adapt.adapter.Adapter`, with `memory` or without any of them.
     """
 
