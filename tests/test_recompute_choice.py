@@ -135,7 +135,7 @@ def test_auto_goes_from_nothing_to_everything_as_memory_gets_less(
     assert needed["none"] > needed["selective"] > needed["full"]
 
     def chosen(limit: int) -> tuple[int, int, bool]:
-        found = planned(tmp_path, model, round(limit / room.SHARE) + 1, monkeypatch).recompute
+        found = planned(tmp_path, model, round((limit + room.SPARE_BYTES) / room.SHARE) + 1, monkeypatch).recompute
         assert found is not None
         return found["whole"], found["partly"], found["fits"]
 
@@ -155,7 +155,7 @@ def test_a_run_does_what_was_chosen_and_so_does_it_when_resumed(
     seen: list[Any] = []
     plain = policies.Policy.recompute
     monkeypatch.setattr(policies.Policy, "recompute", lambda self, how: (seen.append(how), plain(self, how))[1])
-    monkeypatch.setattr(room, "free_bytes", lambda: round(needed / room.SHARE) + 1)
+    monkeypatch.setattr(room, "free_bytes", lambda: round((needed + room.SPARE_BYTES) / room.SHARE) + 1)
     whole = config(tmp_path, model)
     needed = peaks(tmp_path, model)["selective"]
     folder = run(whole, before=False)

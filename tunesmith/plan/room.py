@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-# of what is free; the rest is for what a plan does not count: the allocator's spare room, evaluation, other programs
+# of what is free, for the allocator keeps part of what is let go; and what a run was seen to take beside its tensors
+# after it was planned: libraries that are imported late, buffers of kernels and of files
 SHARE = 0.9
+SPARE_BYTES = 350_000_000
 _CGROUPS = Path("/sys/fs/cgroup")
 _PROC = Path("/proc/self")
 
 
 def room_bytes() -> int:
-    """Bytes that a run may plan with: a share of what is free."""
-    return int(SHARE * free_bytes())
+    """Bytes that the tensors of a run may take: a share of what is free, less what it takes beside them."""
+    return max(0, int(SHARE * free_bytes()) - SPARE_BYTES)
 
 
 def free_bytes() -> int:
