@@ -32,7 +32,9 @@ from tunesmith.core.errors import Stopped
 from tunesmith.core.problem import Problem
 from tunesmith.data.order import Mixture
 from tunesmith.data.pack import Sizes, StepStream
+from tunesmith.kernels import products
 from tunesmith.models import blocks
+from tunesmith.models.inputs import documents
 from tunesmith.models.kept import Kept
 from tunesmith.models.policy import Policy
 from tunesmith.models.targets import block_paths
@@ -148,6 +150,39 @@ def test_documents_that_share_beginnings_still_do_above(tmp_path: Path) -> None:
     policy.trunk = Trunk(loaded, tmp_path, PLENTY)
     for _ in range(2):
         assert_equal(losses_and_gradients(adapter, policy, batch), plain)
+
+
+@pytest.mark.skipif(not products.fast(torch.bfloat16), reason="only the kernels for AMX compute rows by themselves")
+def test_where_kernels_compute_rows_by_themselves_documents_run_together(tmp_path: Path) -> None:
+    """Kills: a bound below which another kernel runs; states that depend on what stands beside them."""
+    loaded = tiny_loaded("llama", dtype=torch.bfloat16, hidden_size=64, intermediate_size=96)
+    even = blocks.even_from(loaded.model)
+    assert even == 32  # 32 tokens x 32 x 64 of the smallest map are as many as the kernel wants
+    batch = tiny_batch((41, 32, 31, 77, 33))
+    policy = Policy(loaded, TopLayers(layers=1).attach(loaded).route).train()
+    policy.trunk = Trunk(loaded, tmp_path / "one", PLENTY)
+    calls: list[int] = []
+    with counted(loaded, calls):
+        policy.token_losses(batch)
+    assert calls.count(0) == 3  # the first document alone, those that are long enough, the other one
+    together = by_length(policy.trunk)
+    assert together.keys() == set(batch.lengths)
+    for row, length in enumerate(batch.lengths):
+        policy.trunk = Trunk(loaded, tmp_path / str(row), PLENTY)
+        policy.hidden(documents(batch, [row])[0])
+        assert torch.equal(by_length(policy.trunk)[length], together[length])
+
+
+def by_length(trunk: Trunk) -> dict[int, Tensor]:
+    """What a trunk keeps, by how long documents are."""
+    file = trunk.kept
+    assert file is not None
+    found = {}
+    for key, (_, tokens) in list(file.places.items()):
+        found[tokens] = torch.empty(tokens, file.width, dtype=file.dtype)
+        assert file.read(key, found[tokens])
+    trunk.close()
+    return found
 
 
 def test_the_budget_is_kept_and_the_rest_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -361,6 +396,22 @@ def test_a_file_of_other_weights_is_begun_anew(tmp_path: Path, caplog: pytest.Lo
         other.model.get_input_embeddings().weight.mul_(1.5)
         assert not torch.equal(found, policy.token_losses(BATCHES[0]))
         assert torch.allclose(found, Policy(other).token_losses(BATCHES[0]), atol=1e-5)
+
+
+def test_another_phase_begins_anew(tmp_path: Path) -> None:
+    """Weights moved in between. Kills: states of a phase that serve in a later one because its first row is new."""
+    loaded = tiny_loaded("llama")
+    policy = Policy(loaded, TopLayers(layers=1).attach(loaded).route).train()
+    policy.trunk = Trunk(loaded, tmp_path / "cache", PLENTY)
+    whole = tiny_batch((12, 20, 9))
+    policy.hidden(documents(whole, [0, 1])[0])
+    with torch.no_grad():
+        loaded.model.get_input_embeddings().weight.mul_(1.5)
+    policy.trunk.begin(2)
+    part, _ = documents(whole, [2, 1])
+    found = policy.hidden(part)
+    policy.trunk = None
+    assert torch.allclose(found, policy.hidden(part), atol=1e-5)
 
 
 def test_a_run_takes_its_file_away_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

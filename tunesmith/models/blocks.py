@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.core.switches import on
-from tunesmith.kernels import elementwise
+from tunesmith.kernels import elementwise, products
 from tunesmith.kernels.build import usable
 from tunesmith.kernels.lowrank import Again, Map, maps
 from tunesmith.models.attention import attend, is_heard
@@ -76,6 +76,19 @@ def hidden(model: Any, inputs: dict[str, Any], rows: Tensor | None = None) -> Te
         x = x[rows]
     found, _, _ = _normed(shape, base.norm, x, beside)
     return found
+
+
+def even_from(model: Any) -> int | None:
+    """From how many tokens on a document's states are the same bits whatever runs beside it; None where unknown.
+
+    The kernels compute each row of tokens by itself; torch's products choose their order by how many there are.
+    """
+    dtype = model.get_input_embeddings().weight.dtype
+    if not products.fast(dtype) or not fits(model):
+        return None
+    maps = [one for one in model.base_model.layers.modules() if isinstance(one, nn.Linear)]
+    smallest = min((one.weight.numel() for one in maps), default=1)
+    return max(products.FEWEST, -(-products.LEAST // smallest))
 
 
 def gate_of(config: Any) -> str | None:

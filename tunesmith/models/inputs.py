@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.errors import AdapterError
+from tunesmith.models import blocks
 from tunesmith.models.attention import is_heard
 from tunesmith.models.families import setting
 from tunesmith.models.places import runs
@@ -93,14 +94,14 @@ def _cut(policy: Policy, batch: Batch, run: Callable[[dict[str, Any], Tensor | N
     if trunk is None or policy.route.rows or is_heard():
         return None
 
-    def alone(row: int) -> Tensor:
-        part, _ = documents(batch, [row])
+    def below(rows: Sequence[int]) -> Tensor:
+        part, _ = documents(batch, rows)
         inside = (_packed if policy.packed else _padded)(policy, part, None)
         with policy.route.enter(), trunk.below().enter(), inside as inputs:
             found = run(inputs, None)
         return found if policy.packed else found[0]
 
-    return trunk.cut(batch, alone)
+    return trunk.cut(batch, below, blocks.even_from(policy.model) if policy.packed else None)
 
 
 def _entered(cut: Cut | None) -> AbstractContextManager[None]:

@@ -1,8 +1,8 @@
 """The blocks below all that trains: what they make of a document is the same in every epoch and is kept on the disk.
 
-The one idea: a document's states are always those of the document run alone, so that they are the same bits whether
-they were read or made, whatever stood beside it and whenever a run was broken. The file is `kept.py`; fused blocks
-look for a cut themselves (`blocks.py`), and other modules run through `through`.
+The one idea: a document's states are always those of the document run alone (or with others, where that gives the same
+bits), so that they are the same whether they were read or made, whatever stood beside it and whenever a run was broken.
+The file is `kept.py`; fused blocks look for a cut themselves (`blocks.py`), other modules run through `through`.
 """
 
 from __future__ import annotations
@@ -87,11 +87,12 @@ class Trunk:
         self.phase, self.block, self.outputs = phase, -1, 0
         self.is_told = False
 
-    def cut(self, batch: Batch, alone: Callable[[int], Tensor]) -> Cut | None:
+    def cut(self, batch: Batch, run: Callable[[Sequence[int]], Tensor], even: int | None = None) -> Cut | None:
         """What comes out of the trunk for a batch, states [1, tokens, width]; None where it has to run.
 
         Args:
-            alone: runs the trunk on one document, by number, under a cut that `below` gives: [tokens, width].
+            run: runs the trunk on some documents, by number, under a cut that `below` gives: [tokens of these, width].
+            even: documents of so many tokens or more have the same bits together as alone; None where none has.
         """
         if not self.model.training:
             return None
@@ -100,19 +101,21 @@ class Trunk:
         if not self.block:
             return None
         if self.kept is None:
-            self.kept = self._open(_key(batch, 0, batch.lengths[0]), alone(0))
+            self.kept = self._open(_key(batch, 0, batch.lengths[0]), run([0]))
         if self.kept is None:
             return None
         states = torch.empty(batch.ids.numel(), self.kept.width, dtype=self.kept.dtype)
-        ends = accumulate(batch.lengths)
-        made = 0
-        for row, (part, end) in enumerate(zip(states.split(list(batch.lengths)), ends, strict=True)):
-            key = _key(batch, end - len(part), end)
-            if not self.kept.read(key, part):
-                part.copy_(alone(row))
-                self.kept.write(key, part)
-                made += 1
-        self._tell(self.kept, made)
+        parts, ends = states.split(list(batch.lengths)), accumulate(batch.lengths)
+        keys = [_key(batch, end - len(part), end) for part, end in zip(parts, ends, strict=True)]
+        missing = [row for row, key in enumerate(keys) if not self.kept.read(key, parts[row])]
+        together = [row for row in missing if even is not None and batch.lengths[row] >= even]
+        apart = [[row] for row in missing if row not in together]
+        for rows in [together, *apart] if together else apart:
+            made = run(rows).split([batch.lengths[row] for row in rows])
+            for row, part in zip(rows, made, strict=True):
+                parts[row].copy_(part)
+                self.kept.write(keys[row], parts[row])
+        self._tell(self.kept, len(missing))
         return Cut(self.block, states.to(batch.ids.device)[None], self.outputs)
 
     def below(self) -> Cut:
