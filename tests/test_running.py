@@ -70,7 +70,7 @@ def test_pages_are_given_back() -> None:
 def test_weights_that_are_laid_out_anew_write_the_same(adapted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kills: a change of low rank that is left out once weights are laid out; maps side by side in another order."""
     monkeypatch.setitem(few.MOST, torch.float32, 2)
-    monkeypatch.setattr(decode, "_OFTEN", 3)
+    monkeypatch.setattr(decode, "OFTEN", 3)
     loaded: Any = tiny_loaded("qwen2")
     route = BASE
     if adapted:

@@ -42,7 +42,7 @@ def nt(
     rows, k, k2, start = x.shape[0], x.shape[1], 0 if x2 is None else x2.shape[1], 0
     at, a, a2, dtype, size = y.data_ptr(), pointer(x), pointer(x2), DTYPES[x.dtype], y.element_size()
     for number, w in enumerate(ws):
-        _kernels.ts_few(
+        kernels.ts_few(
             a, w.data_ptr(), a2, w2s[number].data_ptr() if w2s else None,
             biases[number].data_ptr() if biases else None, at + start * size, rows, k, k2, w.shape[0], y.shape[1],
             dtype, threads(),
@@ -104,7 +104,7 @@ def changes(y: Tensor, x: Tensor, factors: Factors, groups: Tensor) -> None:
         return plain_changes(y, x, factors, groups)
     x = x.contiguous()
     spare = torch.empty((len(x) + 3) // 4 * 4 * factors.most)
-    _kernels.ts_few_changes(
+    kernels.ts_few_changes(
         pointer(x), pointer(y), pointer(factors.addresses[0]), pointer(factors.addresses[1]), pointer(factors.ranks),
         pointer(groups), pointer(spare), len(x), x.shape[1], y.shape[1], y.stride(0), factors.most, DTYPES[x.dtype],
         threads(),
@@ -119,7 +119,7 @@ def plain_changes(y: Tensor, x: Tensor, factors: Factors, groups: Tensor) -> Non
             y[rows] += x[rows] @ pair[0].T @ pair[1]
 
 
-_kernels = Functions(
+kernels = Functions(
     ts_few="pppppp" "lllll" "ii",
     ts_few_changes="ppppppp" "lllll" "ii",
 )  # fmt: skip

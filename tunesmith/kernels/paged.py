@@ -15,7 +15,7 @@ from tunesmith.kernels.build import DTYPES, Functions, pointer, threads, usable
 
 PAGE = 32
 _SIDE = 16  # tokens whose keys lie side by side
-_TOGETHER = 4  # heads whose scores a thread holds
+TOGETHER = 4  # heads whose scores a thread holds
 
 
 @dataclass
@@ -57,7 +57,7 @@ def keep(pages: Pages, k: Tensor, v: Tensor, places: Tensor) -> None:
         return plain_keep(pages, k, v, places)
     k, v = k.contiguous(), v.contiguous()
     tokens, kv, width = k.shape
-    _kernels.ts_paged_keep(
+    kernels.ts_paged_keep(
         pointer(k), pointer(v), pointer(pages.keys), pointer(pages.values), pointer(places),
         tokens, kv, width, PAGE, DTYPES[k.dtype], threads(),
     )  # fmt: skip
@@ -84,8 +84,8 @@ def attention(q: Tensor, pages: Pages, table: Tensor, seen: Tensor, scale: float
         return plain_attention(q, pages, table, seen, scale, window)
     q = q.contiguous()
     found, kv, longest = torch.empty_like(q), pages.values.shape[1], table.shape[1] * PAGE
-    spare = torch.empty(threads() * _TOGETHER * (longest + q.shape[2]))
-    _kernels.ts_paged_attention(
+    spare = torch.empty(threads() * TOGETHER * (longest + q.shape[2]))
+    kernels.ts_paged_attention(
         pointer(q), pointer(pages.keys), pointer(pages.values), pointer(table), pointer(seen), pointer(found),
         pointer(spare), q.shape[0], kv, q.shape[1] // kv, q.shape[2], PAGE, table.shape[1], window, longest, scale,
         DTYPES[q.dtype], threads(),
@@ -107,7 +107,7 @@ def plain_attention(q: Tensor, pages: Pages, table: Tensor, seen: Tensor, scale:
     return found
 
 
-_kernels = Functions(
+kernels = Functions(
     ts_paged_keep="ppppp" "llll" "ii",
     ts_paged_attention="ppppppp" "llllllll" "f" "ii",
 )  # fmt: skip

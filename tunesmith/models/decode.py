@@ -29,7 +29,7 @@ _WRITERS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Gemma
 # rotary tables that depend on nothing but the position
 _ROPES = {"default", "linear", "llama3", "yarn"}
 # weights are laid out anew for products of up to so many rows, once there have been so many of these: what it costs
-_PACKED_ROWS, _OFTEN = 128, 8
+PACKED_ROWS, OFTEN = 128, 8
 _PACKED_SHARE = 0.2  # of the machine's memory, for models up to that size
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v -> [tokens, heads, width]
 
@@ -86,6 +86,9 @@ class Decoder:
         groups: the adapters of rows, each combination once.
         layers, heads, kv, width, scale: blocks; heads of queries and of keys, their width, the factor of scores.
         windows: of each layer, how many tokens a query sees; 0 for all.
+        turned: columns of a head that positions turn.
+        may_pack: whether there is memory for weights that are laid out anew.
+        is_plain: whether nothing but low-rank changes acts on the maps, so that `step.py` can write.
     """
 
     def __init__(self, model: Any, acting: Route, route: Route | None) -> None:
@@ -96,12 +99,16 @@ class Decoder:
         self.layers, self.dtype = len(self.base.layers), model.dtype
         self.heads, self.kv = self.config.num_attention_heads, self.config.num_key_value_heads
         self.width, self.scale = attention.head_dim, float(attention.scaling)
+        self.turned = 2 * len(self.base.rotary_emb.inv_freq)
         self.windows = [blocks.window_of(self.config, layer.self_attn) or 0 for layer in self.base.layers]
-        # what is laid out anew is a copy of all maps
         size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         self.may_pack = size < _PACKED_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self.blocks = [_Block(layer, self) for layer in self.base.layers]
-        self.norm, self.head = _Norm(self.base.norm, self), Product([model.get_output_embeddings()], self)
+        self.norm, self.head = Norm(self.base.norm, self), Product([model.get_output_embeddings()], self)
+        inner = [product for block in self.blocks for product in (block.qkv, block.o, block.both, block.down)]
+        self.products = [*inner, self.head]
+        norms = [self.norm, *(norm for block in self.blocks for norm in (block.before, block.between))]
+        self.is_plain = all(one.plain for one in self.products) and all(one.weight is not None for one in norms)
 
     def rows(self, numbers: Sequence[int], lengths: Sequence[int]) -> Rows:
         """Documents of these lengths, for rows that have these numbers in the route."""
@@ -136,14 +143,14 @@ class _Block:
 
     def __init__(self, layer: Any, decoder: Decoder) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.before = _Norm(layer.input_layernorm, decoder)
-        self.between = _Norm(layer.post_attention_layernorm, decoder)
+        self.before = Norm(layer.input_layernorm, decoder)
+        self.between = Norm(layer.post_attention_layernorm, decoder)
         self.qkv = Product([attention.q_proj, attention.k_proj, attention.v_proj], decoder)
         self.o, self.down = Product([attention.o_proj], decoder), Product([mlp.down_proj], decoder)
         self.both = Product([mlp.gate_proj, mlp.up_proj], decoder)
 
 
-class _Norm:
+class Norm:
     """The norm of a sum, and the sum."""
 
     def __init__(self, module: Any, decoder: Decoder) -> None:
@@ -180,14 +187,15 @@ class Product:
         self.weights: list[Tensor] = [base.weight for base in held]
         self.biases: list[Tensor] = [base.bias for base in held if base.bias is not None]
         self.plain = len(self.biases) in (0, len(held))
-        self.sizes = [len(weight) for weight in self.weights]
+        self.sizes, self.inputs = [len(weight) for weight in self.weights], self.weights[0].shape[1]
         self.factors = [few.Factors(pairs) for pairs in found if pairs is not None]
+        self.most = max(one.most for one in self.factors)
         self.down: Tensor | None = None
         self.ups: list[Tensor] = []
         self.packed: Packed | None = None
         self.may_pack = decoder.may_pack
         self.calls = 0
-        if not decoder.acting.rows and any(one.most for one in self.factors):
+        if not decoder.acting.rows and self.most:
             self._alone([one.pairs[0] for one in self.factors])
 
     def __call__(self, x: Tensor, groups: Tensor | None) -> Tensor:
@@ -204,9 +212,9 @@ class Product:
 
     def _base(self, x: Tensor, narrow: Tensor | None) -> Tensor:
         """The maps, with the changes of the only group where there is one."""
-        if few.MOST[x.dtype] < len(x) <= _PACKED_ROWS:
+        if few.MOST[x.dtype] < len(x) <= PACKED_ROWS:
             self.calls += 1
-            if self.calls == _OFTEN and self.may_pack:
+            if self.calls == OFTEN and self.may_pack:
                 self.packed = Packed(self.weights, self.biases)
             if self.packed is not None:
                 y = self.packed(x)

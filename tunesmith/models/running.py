@@ -14,10 +14,14 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from tunesmith.kernels import few
 from tunesmith.kernels.attention import attention
+from tunesmith.kernels.build import usable
+from tunesmith.kernels.packed import Arena, can_tile
 from tunesmith.kernels.paged import PAGE, Pages, keep
 from tunesmith.kernels.paged import attention as paged_attention
-from tunesmith.models.decode import Decoder, Rows
+from tunesmith.models.decode import OFTEN, Decoder, Rows
+from tunesmith.models.step import Step
 
 # tokens of prompts that are read in one pass, but for a prompt that is longer
 _READ = 2048
@@ -73,6 +77,8 @@ class Running:
         self.begun = _Begun(0, [], [])
         self.table = torch.empty(0, 0, dtype=torch.int32)
         self.documents = decoder.rows([], [])
+        self.size = self.longest = self.often = 0
+        self.steps: dict[bool, Step] = {}  # for few rows, for more
         self.settled = False  # whether the table is that of the rows
 
     def turns(self, prompts: Sequence[Sequence[int]], order: Sequence[int], size: int, shared: int) -> Iterator[Turn]:
@@ -81,10 +87,12 @@ class Running:
         Args:
             shared: so many tokens of every prompt are the same; each has more.
         """
+        if not order:
+            return
         waiting = deque(order)
-        longest = sorted((len(prompts[row]) for row in order), reverse=True)[:size]
-        # memory that nobody has written to costs nothing
-        self._reserve(sum(-(-(length + self.limit) // PAGE) for length in longest) + 1)
+        longest = sorted((-(-(len(prompts[row]) + self.limit) // PAGE) for row in order), reverse=True)[:size]
+        self.size, self.longest = len(longest), longest[0]
+        self._reserve(sum(longest) + 1)  # memory that nobody has written to costs nothing
         if shared:
             self._begin(prompts[waiting[0]][:shared], waiting[0])
         while waiting or self.rows:
@@ -182,15 +190,37 @@ class Running:
         positions, seen = torch.tensor(counts), torch.tensor([count + 1 for count in counts], dtype=torch.int32)
         at = torch.tensor([row.place(row.tokens) for row in active])
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            pages = self.store[layer]
-            keep(pages, k, v, at)
-            return paged_attention(q, pages, self.table, seen, decoder.scale, decoder.windows[layer])
+        ids = torch.tensor([row.last for row in active])
+        step = self._step(len(active))
+        if step is not None:
+            logits = step(ids, positions, at, seen, self.table, self.documents)
+        else:
 
-        states = decoder.states(torch.tensor([row.last for row in active]), positions, self.documents, attend)
+            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                pages = self.store[layer]
+                keep(pages, k, v, at)
+                return paged_attention(q, pages, self.table, seen, decoder.scale, decoder.windows[layer])
+
+            logits = decoder.logits(decoder.states(ids, positions, self.documents, attend), self.documents)
         for row in active:
             row.tokens += 1
-        return self._chosen(active, decoder.logits(states, self.documents))
+        return self._chosen(active, logits)
+
+    def _step(self, rows: int) -> Step | None:
+        """How a token of so many rows is written by calls that are known beforehand; None where they are not."""
+        decoder, few_rows = self.decoder, rows <= few.MOST[self.decoder.dtype]
+        if not decoder.is_plain or not usable(self.store[0].keys):
+            return None
+        self.often += not few_rows
+        if not few_rows and not (self.often > OFTEN and decoder.may_pack and can_tile(decoder.dtype)):
+            return None
+        held = self.steps.get(few_rows)
+        if held is None or held.places != self.store[0].keys.data_ptr() or self.table.shape[1] > held.pages:
+            sizes = [(sum(product.sizes), product.inputs) for product in decoder.products]
+            most = few.MOST[decoder.dtype] if few_rows else self.size
+            arena = None if few_rows else Arena(sizes)
+            held = self.steps[few_rows] = Step(decoder, self.store, most, max(self.longest, self.table.shape[1]), arena)
+        return held
 
     def _chosen(self, rows: Sequence[_Row], logits: Tensor) -> Turn:
         tokens = self.choose(logits, [row.number for row in rows], [row.written for row in rows]).tolist()
