@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tunesmith.core.switches import without
-from tunesmith.kernels.packed import Packed, plain
+from tunesmith.kernels.packed import Arena, Packed, can_tile, plain, tiled
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -26,3 +26,18 @@ def test_a_product_is_that_of_the_weights_as_they_lay(dtype: torch.dtype, rows: 
     with without("products"):
         assert Packed(ws, biases).held is None
         assert torch.equal(Packed(ws, biases)(x), twin)
+
+
+@pytest.mark.skipif(not can_tile(torch.bfloat16), reason="no tiles")
+@pytest.mark.parametrize("rows", [1, 16, 17, 32, 45])
+@pytest.mark.parametrize(("width", "outputs"), [(40, 33), (64, 96), (7, 5)])
+def test_a_product_by_tiles_is_that_of_the_weights_as_they_lay(rows: int, width: int, outputs: int) -> None:
+    """Kills: a second weight over the first one's end; the last rows of a weight, or of x, left out."""
+    draw = torch.Generator().manual_seed(6)
+    ws = [torch.randn(outputs, width, generator=draw).bfloat16() for _ in range(2)]
+    bias, x = (torch.randn(*shape, generator=draw).bfloat16() for shape in ((outputs,), (rows, width)))
+    arena = Arena([(outputs, width)] * 2)
+    laid = [arena.put(w) for w in ws]
+    for w, one in zip(ws, laid, strict=True):
+        exact, twin = x.double() @ w.double().T + bias.double(), plain(x, [w], bias)
+        assert float((tiled(x, one, outputs, bias).double() - exact).norm()) <= 1.1 * float((twin - exact).norm())

@@ -13,11 +13,12 @@ from tiny_models import disturb, tiny_loaded
 from tunesmith.adapt.lora import LoRA
 from tunesmith.core.switches import without
 from tunesmith.kernels import few
+from tunesmith.kernels.packed import can_tile
 from tunesmith.kernels.paged import PAGE
 from tunesmith.models import decode, running
 from tunesmith.models.decode import decoder_of
 from tunesmith.models.generate import generate
-from tunesmith.models.route import BASE
+from tunesmith.models.route import BASE, Route
 from tunesmith.models.running import Running
 from tunesmith.models.sampling import Chooser
 
@@ -96,3 +97,40 @@ def test_whatever_acts_on_a_model_acts_when_it_writes(case: str, tmp_path: Any) 
     found = generate(loaded, route, prompts, **settings)
     with without("paged"):
         assert generate(loaded, route, prompts, **settings) == found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [3, 8])
+def test_a_list_of_calls_gives_the_logits_of_the_decoder(
+    family: str, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kills: a place of another layer or row; a change of one row on all; a bias left out of laid out weights."""
+    monkeypatch.setattr(running, "OFTEN", 1)
+    loaded: Any = tiny_loaded(family, dtype=dtype)
+    for name, targets in (("a", ("q", "v", "o")), ("b", ("gate", "down"))):
+        disturb(LoRA(rank=3, targets=targets).attach(loaded, name), len(name), 0.3)
+    route = Route.of_rows(*[("a",), ("a", "b"), (), ("b",)] * 2)
+    route, prompts = route.select(range(rows)), prompts_of((31, 4, 30, 9, 33, 2, 12, 7))[:rows]
+
+    def logits(calls: bool) -> list[Any]:
+        seen: list[Any] = []
+
+        def choose(found: torch.Tensor, numbers: Any, turns: Any) -> torch.Tensor:
+            seen.append(found.float().clone())
+            return torch.tensor([(7 * number + 3 * turn) % 97 for number, turn in zip(numbers, turns, strict=True)])
+
+        decoder = decoder_of(loaded.model, route)
+        assert decoder is not None
+        assert decoder.is_plain
+        writer = Running(decoder, 8, set(), choose)
+        if not calls:
+            writer._step = lambda rows: None  # type: ignore[method-assign]
+        for _ in writer.turns(prompts, range(rows), rows, 0):
+            pass
+        assert bool(writer.steps) == (calls and (rows <= few.MOST[dtype] or can_tile(dtype)))
+        return seen
+
+    bound = 1e-5 if dtype == torch.float32 else 0.03
+    for found, plain in zip(logits(True), logits(False), strict=True):
+        assert float((found - plain).norm()) <= bound * float(plain.norm())
