@@ -78,10 +78,14 @@ def _described(error: BaseException) -> tuple[str, str, str, int]:
     if isinstance(error, OSError):
         problem = os_error(error.filename or "", error)
         return problem.message, problem.where, problem.hint, problem.exit_code
-    if isinstance(error, MemoryError) or "not enough memory" in str(error) or "out of memory" in str(error):
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
         return "out of memory", "", "lower train.micro_batch_tokens, or see `tunesmith plan`", 5
     kind = type(error).__name__
     return f"{kind}: {error}", "unexpected", "this is a bug in tunesmith; --debug shows where", 1
+
+
+# as torch and its libraries say it, as RuntimeError
+_NO_MEMORY = ("not enough memory", "out of memory", "can't allocate memory", "could not create a memory object")
 
 
 def _printable(text: str) -> str:

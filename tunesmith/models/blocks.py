@@ -23,7 +23,7 @@ from tunesmith.kernels import elementwise, products
 from tunesmith.kernels.build import usable
 from tunesmith.kernels.lowrank import Again, Map, maps
 from tunesmith.models.attention import attend, is_heard
-from tunesmith.models.copies import swap_of
+from tunesmith.models.copies import acting_parameters
 from tunesmith.models.ports import Port, as_map
 from tunesmith.models.recompute import again, is_again, made_again
 from tunesmith.models.trunk import current_cut
@@ -163,33 +163,39 @@ def _attended(shape: _Shape, attention: Any, qkv: Tensor) -> Tensor:
 def _normed(shape: _Shape, module: nn.Module, x: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor, Again | None]:
     """The norm of x + beside, that sum, and how the norm can be made again."""
     plain: Any = module.base if isinstance(module, Port) else module
-    acts = isinstance(module, Port) and any(True for _ in module.acting())
-    swap = swap_of(plain)
-    if acts or type(plain).__name__ not in NORMS or (swap is not None and not swap.is_settled()):
+    own = acting_parameters(plain) if type(plain).__name__ in NORMS else None
+    if own is None:
         x = x if beside is None else x + beside
         return module(x), x, None
-    weight, eps = plain.weight, getattr(plain, "variance_epsilon", None) or plain.eps
+    weight, eps = own["weight"], getattr(plain, "variance_epsilon", None) or plain.eps
     if beside is None:
         found = elementwise.rms_norm(x, weight, eps, shape.offset)
     else:
         x, found = elementwise.add_rms_norm(x, beside, weight, eps, shape.offset)
+    if isinstance(module, Port) and any(True for _ in module.acting()):
+        return module.changed(x, found), x, None
     make = partial(elementwise.rms_norm, eps=eps, offset=shape.offset)
     return found, x, Again(make, (x.detach(), weight.detach()))
 
 
 def _mapped(modules: Sequence[Any], x: Tensor, make: Again | None = None) -> Tensor:
-    """What maps make of x, side by side: one product where nothing but low-rank changes acts on them."""
-    known = _known(modules)
-    if known is None:
+    """What maps make of x, side by side: one product, then whatever acts on them and is no low-rank change."""
+    held = [as_map(module) for module in modules]
+    known = [one for one, _ in held if one is not None]
+    if len(known) < len(held):
         return _side_by_side([module(x) for module in modules])
     make = make if on("remake") else None
-    return _side_by_side([maps(x, group, make) for group in _groups(known)])
+    found = _side_by_side([maps(x, group, make) for group in _groups(known)])
+    if all(is_all for _, is_all in held):
+        return found
+    parts = zip(modules, held, found.split([len(one.weight) for one in known], -1), strict=True)
+    return _side_by_side([part if is_all else module.changed(x, part) for module, (_, is_all), part in parts])
 
 
 def _known(modules: Sequence[Any]) -> list[Map] | None:
     """Maps with nothing but low-rank changes on them; None where one of them is more."""
     held = [as_map(module) for module in modules]
-    return None if any(one is None for one in held) else held  # type: ignore[return-value]
+    return [one for one, _ in held if one is not None] if all(is_all for _, is_all in held) else None
 
 
 def _groups(known: list[Map]) -> list[list[Map]]:

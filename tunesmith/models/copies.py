@@ -82,6 +82,14 @@ def base_parameter(module: nn.Module, leaf: str = "weight") -> nn.Parameter | No
     return swap.base[leaf] if swap is not None and leaf in swap.base else module._parameters.get(leaf)
 
 
+def acting_parameters(module: nn.Module) -> dict[str, nn.Parameter] | None:
+    """What a module computes with in this forward pass, by name; None where that differs between rows."""
+    swap = swap_of(module)
+    if swap is not None:
+        return swap.acting()
+    return {name: held for name, held in _bare(module)._parameters.items() if held is not None}
+
+
 def run_base(module: nn.Module, x: Tensor, **instead: Tensor) -> Tensor:
     """What the base's module makes of x, whatever copies stand in it; `instead` takes the place of tensors by name."""
     swap = swap_of(module)
@@ -157,12 +165,17 @@ class Swap:
             self.standing[leaf] = adapter
         return old
 
-    def is_settled(self) -> bool:
-        """Whether what stands in the table is what acts in this forward pass, for every row."""
+    def acting(self) -> dict[str, nn.Parameter] | None:
+        """What the module computes with in this forward pass, by name; None where that differs between rows."""
         shares = self.attached.shares()
         if any(share.rows is not None and len(share.rows) < share.count for share in shares):
-            return False
-        return bool(self.attached.merged) or self.of([share.adapter for share in shares]) == self.standing
+            return None
+        owners = {} if self.attached.merged else self.of([share.adapter for share in shares])
+        found = dict(self.module._parameters)
+        # by owner, not by tensor, as in `_under`
+        changed = {leaf: owner for leaf, owner in owners.items() if owner != self.standing.get(leaf)}
+        found.update({leaf: self._held(leaf, owner) for leaf, owner in changed.items()})
+        return {name: held for name, held in found.items() if held is not None}
 
     def of(self, names: Sequence[str]) -> dict[str, str | None]:
         """Whose parameters act when some adapters do. Raises AdapterError when two have copies of one."""

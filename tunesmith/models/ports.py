@@ -16,7 +16,7 @@ from tunesmith.core.errors import AdapterError
 from tunesmith.core.switches import on
 from tunesmith.kernels.build import usable
 from tunesmith.kernels.lowrank import LowRank, Map, maps
-from tunesmith.models.copies import base_parameter, run_base, swap_of
+from tunesmith.models.copies import acting_parameters, base_parameter, run_base
 from tunesmith.models.mixed import together
 from tunesmith.models.places import places
 from tunesmith.models.route import Attached
@@ -233,7 +233,10 @@ class Port(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out]; for an embedding, ids [...] to [..., width]."""
-        y: Tensor = self.base(x)
+        return self.changed(x, self.base(x))
+
+    def changed(self, x: Tensor, y: Tensor) -> Tensor:
+        """What the base module made of x, with all that acts here."""
         shares = self.attached.shares()
         # asked only where something acts: a merged adapter should cost nothing
         factor = getattr(self.base, "embed_scale", None) if shares else None
@@ -256,8 +259,8 @@ class LinearPort(Port):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out]; low-rank changes have a backward of their own, or act on all rows together."""
-        held = as_map(self) if usable(x, self._parameters["weight"]) else None
-        if held is None or not held.changes:
+        held, is_all = as_map(self) if usable(x, self._parameters["weight"]) else (None, False)
+        if held is None or not is_all or not held.changes:
             mixed = together(self, x)
             return super().forward(x) if mixed is None else mixed
         return maps(x.flatten(0, -2), [held]).unflatten(0, x.shape[:-1])
@@ -314,21 +317,25 @@ def port_kind(module: nn.Module) -> PortKind | None:
     return "norm" if name.__name__.endswith(_NORMS) and module._parameters.get("weight") is not None else None
 
 
-def as_map(module: nn.Module) -> Map | None:
-    """A linear map with the low-rank changes that act on it now, for all rows; None where it is not just that."""
+def as_map(module: nn.Module) -> tuple[Map | None, bool]:
+    """A linear map as it acts now, with low-rank changes, and whether these are all that acts on it.
+
+    Where they are not, the map is the base's, and `Port.changed` puts on what acts. None where the module is no plain
+    linear map, or has other weights for some rows.
+    """
     base = module.base if isinstance(module, Port) else module
-    swap = swap_of(base)
-    if type(base) is not nn.Linear or base._forward_hooks or (swap is not None and not swap.is_settled()):
-        return None
-    changes = []
+    own = acting_parameters(base) if type(base) is nn.Linear and not base._forward_hooks else None
+    if own is None:
+        return None, False
+    changes: list[LowRank] = []
     port = module if isinstance(module, Port) else None
     for share in port.attached.shares() if port is not None else ():
         for insert in port.of(share.adapter) if port is not None else ():
             change = insert.method.low_rank(insert) if share.rows is None and insert.rows is None else None
             if change is None or not on("lowrank"):
-                return None
+                return Map(own["weight"], own.get("bias")), False
             changes.append(change)
-    return Map(base.weight, base.bias, tuple(changes))
+    return Map(own["weight"], own.get("bias"), tuple(changes)), True
 
 
 def attached_to(model: nn.Module) -> Attached:

@@ -53,10 +53,10 @@ def _run(config: Config, folder: RunFolder, resume: bool, before: bool) -> Path:
     if folder.is_finished:
         say(f"{folder.path}: this run is finished; nothing to do")
         return folder.path
-    libraries = _seconds_of_libraries()
     prepared = prepare(config)
     for line in prepared.lines():
         say(line)
+    libraries = _seconds_of_libraries()  # only now: what is wrong with settings or data is said without them
     with locked(folder):
         check_state(folder, config, resume)  # again: another process may have been here since
         _check_data(folder, prepared)
