@@ -29,7 +29,7 @@ _WRITERS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Gemma
 # rotary tables that depend on nothing but the position
 _ROPES = {"default", "linear", "llama3", "yarn"}
 # weights are laid out anew for products of up to so many rows, once there have been so many of these: what it costs
-PACKED_ROWS, OFTEN = 128, 8
+PACKED_ROWS, OFTEN = 128, 4
 _PACKED_SHARE = 0.2  # of the machine's memory, for models up to that size
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v -> [tokens, heads, width]
 

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 Groups = tuple[tuple[int, ...], ...]
 
 
-def together(port: Any, x: Tensor) -> Tensor | None:
+def together(port: Any, x: Tensor, y: Tensor | None = None) -> Tensor | None:
     """What a port makes of x [..., inputs]; None where rows do not differ, or changes are not all of low rank.
+
+    Args:
+        y: what its base makes of x, where that is known.
 
     Raises:
         AdapterError: x does not hold the rows of the route.
@@ -38,7 +41,7 @@ def together(port: Any, x: Tensor) -> Tensor | None:
             if change is None:
                 return None
             found.setdefault(share.rows or (), []).append(change)
-    y: Tensor = port.base(x)
+    y = port.base(x) if y is None else y
     if not found:
         return y
     groups = tuple(found)
@@ -46,9 +49,11 @@ def together(port: Any, x: Tensor) -> Tensor | None:
         groups, shares[0].count, tuple(x.shape[:-1]), x.device, current_owners(), current_segments()
     )
     a, b = _stacked(list(found.values()), x.dtype)
-    wide = x.flatten(0, -2)[gather]
-    change = torch.bmm(torch.bmm(wide, a.transpose(1, 2)), b.transpose(1, 2)).flatten(0, 1)[back]
-    return y.flatten(0, -2).index_add(0, flat, change.to(y.dtype)).view(y.shape)
+    wide = x.flatten(0, -2).index_select(0, gather.flatten()).view(*gather.shape, -1)
+    change = torch.bmm(torch.bmm(wide, a.transpose(1, 2)), b.transpose(1, 2)).flatten(0, 1).index_select(0, back)
+    if flat is None:
+        return y + change.view(y.shape)
+    return y.flatten(0, -2).index_add(0, flat, change).view(y.shape)
 
 
 @lru_cache(maxsize=16)
@@ -59,8 +64,10 @@ def _laid_out(
     device: torch.device,
     owners: Owners | None,
     segments: Segments | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens of each group, padded with any: [groups, longest]; where they are in that, flattened; which they are."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tokens of each group, padded with any: [groups, longest]; and of tokens with a group, in order, where they are in
+    that, flattened, and which they are: None for all.
+    """
     numbers = torch.arange(torch.Size(shape).numel(), device=device).view(shape)
     parts = []
     for rows in groups:
@@ -72,7 +79,8 @@ def _laid_out(
     back = torch.cat(
         [torch.arange(len(part), device=device) + start for part, start in zip(parts, starts, strict=True)]
     )
-    return gather, back, torch.cat(parts)
+    flat, order = torch.cat(parts).sort()
+    return gather, back[order], flat if len(flat) < numbers.numel() else None
 
 
 def _stacked(groups: list[list[LowRank]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
