@@ -3,8 +3,8 @@
 Real prompts of uneven length, completions that end unevenly, the same stop tokens and limit on both sides. In one
 process in turns: every round each side writes after all prompts once, in alternating order, and a ratio compares the
 two sides of one round. transformers gets its prompts sorted by length, so that batches hold little padding, and of its
-settings those that are fastest here (attention and cache are tried first). Before anything is timed both sides write in
-fp32, and the tokens have to be the same.
+settings those that are fastest here (attention and cache are tried first). In fp32 the tokens have to be the same; in
+bf16 both sides are compared with what is written in fp32.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class Bench:
         self.options, self.precision = options, precision
         self.loaded = load(options.model, dtype=precision)
         self.theirs = load(options.model, dtype=precision).model
+        self.exact = None if precision == "fp32" else load(options.model, dtype="fp32")
         self.prompts, self.stops = prompts_of(self.loaded, options.data)
 
     def case(self, size: int) -> dict[str, Any]:
@@ -103,16 +104,25 @@ class Bench:
             "written": {name: sum(map(len, ids)) for name, ids in told.items()},
             "stopped": sum(len(ids) < self.options.tokens for ids in told["tunesmith"]),
             "same": agreement(told["tunesmith"], told["transformers"]),
+            "as_in_fp32": self.exactness(prompts, told),
             **summary(rounds, {name: sum(map(len, ids)) for name, ids in told.items()}),
         }  # fmt: skip
 
-    def ours(self, prompts: list[list[int]], size: int) -> Written:
+    def exactness(self, prompts: list[list[int]], told: dict[str, Written]) -> dict[str, dict[str, float]]:
+        """How far each side writes what is written in fp32: rounding hides which of two likely tokens is likelier."""
+        if self.exact is None:
+            return {}
+        exact = self.ours(prompts, 8, self.exact)
+        return {name: agreement(ids, exact) for name, ids in told.items()}
+
+    def ours(self, prompts: list[list[int]], size: int, loaded: Any = None) -> Written:
         """What tunesmith writes."""
         from tunesmith.models.generate import generate
 
         told = generate(
-            self.loaded, None, prompts, max_new_tokens=self.options.tokens, stop_ids=self.stops, batch_size=size
-        )
+            loaded or self.loaded, None, prompts, max_new_tokens=self.options.tokens, stop_ids=self.stops,
+            batch_size=size,
+        )  # fmt: skip
         return [one.ids for one in told]
 
     def other(self, prompts: list[list[int]], size: int, setting: str, tokens: int) -> Written:
@@ -202,15 +212,17 @@ def table(result: dict[str, Any]) -> str:
         f"{result['model']}, prompts of {result['data']}, at most {result['tokens']} tokens, {result['threads']} "
         f"thread(s), median of {result['rounds']} rounds; {result['machine']['cpu']}",
         "",
-        "| precision | batch | tunesmith, tokens/s | transformers | ratio | by processor | rows that are the same |",
-        "|---|---|---|---|---|---|---|",
+        "| precision | batch | tunesmith, tokens/s | transformers | ratio | by processor | rows alike | as in fp32 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for case in result["cases"]:
         wall, cpu = case["wall"], case["processor"]
+        exact = " / ".join(f"{100 * side['tokens']:.0f} %" for side in case["as_in_fp32"].values())
         lines.append(
             f"| {case['precision']} | {case['batch']} | {wall['tunesmith']} | {wall['transformers']} "
             f"({case['transformers_settings']}) | {wall['ratio']:.2f} ({wall['low']:.2f} to {wall['high']:.2f}) "
-            f"| {cpu['ratio']:.2f} ({cpu['low']:.2f} to {cpu['high']:.2f}) | {100 * case['same']['rows']:.0f} % |"
+            f"| {cpu['ratio']:.2f} ({cpu['low']:.2f} to {cpu['high']:.2f}) "
+            f"| {100 * case['same']['rows']:.0f} % | {exact} |"
         )
     return "\n".join(lines)
 
