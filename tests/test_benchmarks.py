@@ -14,6 +14,8 @@ from benchmarks.rows import LENGTHS, prefixed, shaped
 from tunesmith.core.switches import SAVINGS, on
 from tunesmith.plan.shape import read_shape
 
+pytestmark = pytest.mark.slow
+
 # GFLOP a token of LoRA of rank 16 on all maps, half of the tokens supervised, counted by hand:
 # 4P, 6N_A, attention of rows of 195 and 2048 tokens, head, all together less what is spared
 COUNTED = {

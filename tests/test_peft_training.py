@@ -31,6 +31,8 @@ from tunesmith.train.optim import BETAS, EPS
 from tunesmith.train.section import PrecisionSection, TrainSection
 from tunesmith.train.trainer import train
 
+pytestmark = pytest.mark.slow
+
 DATA = rows(20)
 STEPS = 10
 SECTION = TrainSection(

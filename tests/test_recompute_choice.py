@@ -21,6 +21,8 @@ from tunesmith.run import run
 from tunesmith.run.planning import plan_run
 from tunesmith.run.prepare import prepare
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = 30
 
 

@@ -22,6 +22,8 @@ from tunesmith.models.route import BASE, Route
 from tunesmith.models.running import Running
 from tunesmith.models.sampling import Chooser
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ["llama", "mistral", "qwen2", "gemma"]
 PROMPTS = prompts_of((31, 2, PAGE, 40, 33, 1, 50, 9), seed=7)  # ends before, at and behind those of pages
 

@@ -31,6 +31,8 @@ from tunesmith.models.policy import Policy
 from tunesmith.models.route import Route, Segments
 from tunesmith.models.shared import Group, compacted
 
+pytestmark = pytest.mark.slow
+
 LONG = tuple(range(3, 33))  # a beginning of 30 tokens
 BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-12}
 # windows that reach over every document

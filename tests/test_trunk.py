@@ -34,6 +34,8 @@ from tunesmith.models.policy import Policy
 from tunesmith.models.targets import block_paths
 from tunesmith.models.trunk import Trunk, frozen_blocks
 
+pytestmark = pytest.mark.slow
+
 BATCHES = tiny_batch((37, 5, 21)), tiny_batch((12, 20), seed=1)
 PLENTY = 10**9
 FAMILIES = [family for family in (*DECODERS, *ENCODERS) if family not in ("granite", "cohere")]

@@ -29,6 +29,8 @@ from tunesmith.objectives.sft import SFT
 from tunesmith.train.section import PrecisionSection, TrainSection
 from tunesmith.train.trainer import train
 
+pytestmark = pytest.mark.slow
+
 PLENTY = 10**9
 DATA = rows(12)
 BATCH = tiny_batch((37, 5, 21))

@@ -56,10 +56,10 @@ def _run(config: Config, folder: RunFolder, resume: bool, before: bool) -> Path:
     prepared = prepare(config)
     for line in prepared.lines():
         say(line)
-    libraries = _seconds_of_libraries()  # only now: what is wrong with settings or data is said without them
     with locked(folder):
         check_state(folder, config, resume)  # again: another process may have been here since
         _check_data(folder, prepared)
+        libraries = _seconds_of_libraries()  # only now: what is wrong with a run is said without them
         with _withdrawn_on_error(folder, config):
             ready = _make_ready(prepared, folder)
         _carry_out(ready, folder, resume, before, libraries)
@@ -204,7 +204,7 @@ def _next(prepared: Prepared, folder: RunFolder) -> str:
 class _Tuned:
     """The adapter and its policy, as the trainer wants them."""
 
-    def __init__(self, adapter: Adapter, policy: Policy, trunk: Trunk | None) -> None:
+    def __init__(self, adapter: Adapter, policy: Policy, trunk: Trunk | None = None) -> None:
         self.parameters = adapter.parameters
         self.policy = policy
         self.phases = adapter.phases
