@@ -261,9 +261,13 @@ class LinearPort(Port):
         """x [..., in] to [..., out]; low-rank changes have a backward of their own, or act on all rows together."""
         held, is_all = as_map(self) if usable(x, self._parameters["weight"]) else (None, False)
         if held is None or not is_all or not held.changes:
-            mixed = together(self, x)
-            return super().forward(x) if mixed is None else mixed
+            return super().forward(x)
         return maps(x.flatten(0, -2), [held]).unflatten(0, x.shape[:-1])
+
+    def changed(self, x: Tensor, y: Tensor) -> Tensor:
+        """What the base module made of x, with all that acts here; rows with changes of their own together."""
+        mixed = together(self, x, y)
+        return super().changed(x, y) if mixed is None else mixed
 
 
 class EmbeddingPort(Port):
