@@ -23,6 +23,8 @@ from tunesmith.models.families import family_of
 from tunesmith.models.policy import Policy
 from tunesmith.models.route import Route
 
+pytestmark = pytest.mark.slow
+
 BOTH = cases("llama", "bert")
 ON_LAYERS = [case for case in BOTH if case[0] in LAYERS]
 
