@@ -38,7 +38,7 @@ def test_rows_cross_pages_and_make_room_for_others(family: str, monkeypatch: pyt
     for stop_ids in (stops, set()):
         expected = [written_without_cache(loaded.model, prompt, stop_ids, 40) for prompt in PROMPTS]
         for size in (1, 3, 16):
-            settings = {"max_new_tokens": 40, "stop_ids": stop_ids, "batch_size": size}
+            settings: dict[str, Any] = {"max_new_tokens": 40, "stop_ids": stop_ids, "batch_size": size}
             assert decoder_of(loaded.model, BASE) is not None
             assert generate(loaded, BASE, PROMPTS, **settings) == expected
         with without("paged"):
