@@ -45,7 +45,7 @@ def library() -> ctypes.CDLL | None:
         log.info("no C compiler: fused kernels are left out, training is slower (install gcc to have them)")
         return None
     try:
-        return ctypes.CDLL(str(_built(compiler)))
+        return _opened(compiler)
     except (OSError, subprocess.SubprocessError) as error:
         told = getattr(error, "stderr", b"") or str(error).encode()
         log.warning("the fused kernels did not compile, training is slower: %s", told.decode(errors="replace")[-300:])
@@ -135,6 +135,16 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
 def threads() -> int:
     """How many threads a kernel may use."""
     return torch.get_num_threads()
+
+
+def _opened(compiler: str) -> ctypes.CDLL:
+    """The library; one that was damaged where it is kept is compiled again."""
+    path = _built(compiler)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        path.unlink()
+        return ctypes.CDLL(str(_built(compiler)))
 
 
 def _built(compiler: str) -> Path:

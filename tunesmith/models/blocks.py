@@ -3,7 +3,7 @@
 The one idea: what a block computes is written here once more, so that maps that share an input are one product, a sum
 and the norm after it are one pass, and the last block works only where an answer is wanted. Whatever is not plain at a
 place (an adapter that is no low-rank change, rows with adapters of their own, a norm that trains deltas) runs through
-the module that stands there, as in transformers. `tests/test_blocks.py` holds both against each other.
+the module that stands there, as in transformers. `tests/test_savings.py` holds both against each other.
 """
 
 from __future__ import annotations
