@@ -31,7 +31,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(params=[True, False], ids=["tiles", "floats"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """bfloat16 on AMX tiles, where there are some, and in floats."""
+    """in bfloat16, where the processor has products of it, and in floats."""
     monkeypatch.setattr(kernel, "TILES", request.param)
     return bool(request.param)
 

@@ -1,4 +1,4 @@
-"""Products on AMX against float64 and against their plain twins: every orientation, edge, and way to lie in memory."""
+"""Products in bfloat16 (AMX, AVX-512) against float64 and against their plain twins: every orientation, edge, and way to lie in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tunesmith.kernels import products
 from tunesmith.kernels.build import counted
 
 BF16 = torch.bfloat16
-on_amx = pytest.mark.skipif(not products.fast(BF16), reason="no AMX here")
+on_tiles = pytest.mark.skipif(not products.fast(BF16), reason="no products of bfloat16 in this processor")
 
 # rows, outputs of each map, inputs, rank of each map: whole blocks, edges on every side, maps that share a panel
 SHAPES = [
@@ -61,7 +61,7 @@ def no_worse(found: Tensor, plain: Tensor, exact: Tensor) -> bool:
     return error(found, exact) <= error(plain, exact) * 1.1 + 1e-6
 
 
-@on_amx
+@on_tiles
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("second", ["none", "one", "dense", "diagonal"])
 @pytest.mark.parametrize("bias", [False, True])
@@ -85,7 +85,7 @@ def test_forward_products_of_several_weights_are_as_near_as_torchs(
     assert no_worse(found, products.plain_nt(*copies((x, ws, *given)), bias=extra), exact)
 
 
-@on_amx
+@on_tiles
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("second", [False, True])
 def test_backward_products_of_several_weights_are_as_near_as_torchs(
@@ -101,7 +101,7 @@ def test_backward_products_of_several_weights_are_as_near_as_torchs(
     assert no_worse(products.nn(dy, ws, *given), products.plain_nn(*copies((dy, ws, *given))), exact)
 
 
-@on_amx
+@on_tiles
 @pytest.mark.parametrize(("rows", "n", "k"), [(64, 16, 96), (37, 5, 300), (37, 300, 5), (1030, 40, 33), (2, 170, 190)])
 @pytest.mark.parametrize("add", [False, True])
 def test_gradients_of_weights_are_sums_in_float(rows: int, n: int, k: int, add: bool) -> None:
@@ -115,7 +115,7 @@ def test_gradients_of_weights_are_sums_in_float(rows: int, n: int, k: int, add: 
     assert out is None or found is out
 
 
-@on_amx
+@on_tiles
 def test_no_result_depends_on_the_number_of_threads() -> None:
     """Kills: partial sums of threads added up."""
     x, w, narrow, w2 = (torch.randn(*s).to(BF16) for s in ((200, 96), (160, 96), (200, 16), (160, 16)))
@@ -145,7 +145,7 @@ def test_switched_off_and_in_float32_torch_computes_all() -> None:
         assert not products.fast(BF16)
 
 
-@on_amx
+@on_tiles
 def test_weights_that_do_not_fit_are_refused_before_anything_is_read() -> None:
     """Kills: shapes not compared before their addresses go to the kernel."""
     x, w = torch.randn(40, 32).to(BF16), torch.randn(48, 31).to(BF16)
@@ -157,7 +157,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_read() -> None:
         products.tn(x, x[:-1])
 
 
-@on_amx
+@on_tiles
 def test_who_counts_work_hears_of_both_operands() -> None:
     """Kills: the second operand left out of the count."""
     x, w, narrow, w2 = (torch.randn(*s).to(BF16) for s in ((40, 96), (160, 96), (40, 16), (160, 16)))

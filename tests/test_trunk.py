@@ -145,7 +145,7 @@ def test_documents_that_share_beginnings_still_do_above(tmp_path: Path) -> None:
         assert_equal(losses_and_gradients(adapter, policy, batch), plain)
 
 
-@pytest.mark.skipif(not products.fast(torch.bfloat16), reason="only the kernels for AMX compute rows by themselves")
+@pytest.mark.skipif(not products.fast(torch.bfloat16), reason="only our own products compute rows by themselves")
 def test_where_kernels_compute_rows_by_themselves_documents_run_together(tmp_path: Path) -> None:
     """Kills: a bound below which another kernel runs; states that depend on what stands beside them."""
     loaded = tiny_loaded("llama", dtype=torch.bfloat16, hidden_size=64, intermediate_size=96)

@@ -17,7 +17,7 @@ from tunesmith.core.errors import ConfigError, did_you_mean
 SAVINGS = {
     "attention": "attention inside documents by our own kernel",
     "elementwise": "norms, rotary positions, gated activations and cross-entropy in one pass each",
-    "products": "our own matrix products where the processor has AMX",
+    "products": "our own matrix products where the processor multiplies bfloat16 (AMX, AVX-512)",
     "lowrank": "the backward of low-rank adapters written by hand: x and x A are all that it keeps",
     "grouped": "q, k and v in one product, gate and up in one",
     "remake": "what is cheap to make again is not kept for the backward",

@@ -167,7 +167,7 @@ static View view_of(const Attention *call, const Item *item) {
 static int run_item(const Attention *call, const Item *item, int backward) {
     const View v = view_of(call, item);
 #ifdef TUNESMITH_TILES
-    if (call->dtype && call->tiles && ts_has_amx()) return backward ? tiled_backward(&v) : tiled_forward(&v);
+    if (call->dtype && call->tiles && ts_has_tiles()) return backward ? tiled_backward(&v) : tiled_forward(&v);
 #endif
     return backward ? wide_backward(&v) : wide_forward(&v);
 }

@@ -24,7 +24,7 @@ from tunesmith.kernels.build import DTYPES, imitating, library, threads, usable,
 
 Spans = tuple[tuple[int, int, int, int, int], ...]
 WIDEST = 256  # of a head
-TILES = True  # bfloat16 on AMX tiles where there are some; else in floats
+TILES = True  # in bfloat16 where tiles.h has products; else in floats
 _TOLD = {1: MemoryError("no memory for attention"), 2: ValueError("spans leave their rows, or have queries in common")}
 
 

@@ -1,4 +1,4 @@
-/* Blocks of 32 keys by 32 queries for attention, in two ways: in floats on any processor, and on AMX tiles (tiles.h).
+/* Blocks of 32 keys by 32 queries for attention, in two ways: in floats on any processor, and in bfloat16 (tiles.h).
 
    A block holds one row a key and one lane a query, so that sums and largest values over keys need no sums across
    lanes. On tiles, weights are cut in two bfloat16 parts that are multiplied apart: together they hold 16 bits, and

@@ -1,4 +1,4 @@
-/* Operands and products of attention on AMX tiles: bfloat16 panels of tiles.h, weights in two parts that are multiplied
+/* Operands and products of attention in bfloat16: bfloat16 panels of tiles.h, weights in two parts that are multiplied
    apart. Part of attention.c; attention_passes.h says what is asked of them. */
 
 enum { tiled_left_is_right = 0 };
@@ -27,20 +27,21 @@ static void tiled_load_queries(uint16_t *to, float *spare, const char *from, lon
 }
 
 static void tiled_scores(float *to, const uint16_t *keys, const uint16_t *query, const View *v) {
-    tiles_zero();
-    tiles_multiply(keys, 64, 1024, TILE_STEP, query, v->wide / SIDE, 1, 1);
-    tiles_store(to, SIDE);
+    Sums c;
+    tiles_open(&c, to, SIDE, 0);
+    tiles_multiply(&c, keys, 64, TILE_STEP, query, v->wide / SIDE, SIDE, SIDE, NEARBY);
+    tiles_close(&c);
 }
 
 static void tiled_across(float *to, const uint16_t *rows, long block, const uint16_t *right, const uint16_t *rest,
                          long blocks, const View *v, int add) {
     for (long i = 0; i < v->wide; i += SIDE, to += BLOCK) {
         const uint16_t *left = rows + (i * v->blocks + block * SIDE) * SIDE;
-        if (add) tiles_load(to, SIDE);
-        else tiles_zero();
-        tiles_multiply(left, 64, 1024, TILE_STEP, right, blocks, 1, 1);
-        tiles_multiply(left, 64, 1024, TILE_STEP, rest, blocks, 1, 1);
-        tiles_store(to, SIDE);
+        Sums c;
+        tiles_open(&c, to, SIDE, add);
+        tiles_multiply(&c, left, 64, TILE_STEP, right, blocks, SIDE, SIDE, NEARBY);
+        tiles_multiply(&c, left, 64, TILE_STEP, rest, blocks, SIDE, SIDE, NEARBY);
+        tiles_close(&c);
     }
 }
 
@@ -49,10 +50,11 @@ static void tiled_down(float *to, const uint16_t *left, long ahead, const uint16
     left += low * ahead;
     for (long i = 0; i < v->wide; i += SIDE) {
         const uint16_t *right = rows + (i * v->queries + low * SIDE) * SIDE;
-        tiles_load(to + i, v->wide);
-        tiles_multiply(left, 64, 1024, 2 * ahead, right, high - low, 1, 1);
-        tiles_multiply(left + apart, 64, 1024, 2 * ahead, right, high - low, 1, 1);
-        tiles_store(to + i, v->wide);
+        Sums c;
+        tiles_open(&c, to + i, v->wide, 1);
+        tiles_multiply(&c, left, 64, 2 * ahead, right, high - low, SIDE, SIDE, NEARBY);
+        tiles_multiply(&c, left + apart, 64, 2 * ahead, right, high - low, SIDE, SIDE, NEARBY);
+        tiles_close(&c);
     }
 }
 

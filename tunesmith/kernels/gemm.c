@@ -1,4 +1,4 @@
-/* Matrix products in bfloat16 on AMX tiles (tiles.h), summed in float and rounded once.
+/* Matrix products in bfloat16 (tiles.h), summed in float and rounded once.
 
    The weight is packed on the way, a group of panels at a time that stays in the second cache while the rows of the
    other operand pass by: nothing is kept between calls, so weights may train. Each element of a result is summed by one
@@ -54,16 +54,23 @@ typedef struct { /* out (+)= scale a' b, a [t, m], b [t, n]; out [m, n], or [n, 
 #ifdef TUNESMITH_TILES
 #include <sys/syscall.h>
 
+#ifdef TILES_AMX
 #define GROUP_BYTES (1280 << 10) /* packed weight that stays in the second cache */
-#define GROUP_PANELS 30          /* more would leave the other operand's rows no place in it */
-#define NEAR 18                  /* steps of a block of rows that stay in the first cache */
-#define LONGEST 256              /* rows of one partial sum in ts_gradient */
+#else
+#define GROUP_BYTES (640 << 10)
+#endif
+#define GROUP_PANELS 30 /* more would leave the other operand's rows no place in it */
+#define NEAR 18         /* steps of a block of rows that stay in the first cache */
+#define LONGEST 256     /* rows of one partial sum in ts_gradient */
 
-/* Linux lends the tiles' registers only to processes that ask. */
-int ts_has_amx(void) {
+int ts_has_tiles(void) {
+#ifdef TILES_AMX /* Linux lends the tiles' registers only to processes that ask */
     static int had = -1;
     if (had < 0) had = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
     return had;
+#else
+    return 1;
+#endif
 }
 
 static long least(long a, long b) { return a < b ? a : b; }
@@ -169,17 +176,18 @@ static void finish(const Product *p, const float *sums, long row, long rows, lon
 
 typedef struct { /* where a block of rows of one operand is read: in place, or packed */
     const char *at;
-    size_t stride, half, ahead;
+    size_t stride, ahead;
     long steps;
 } Block;
 
 static Block block_of(const Pair *pair, long row, long rows, char *spare) {
     const uint16_t *from = pair->a + row * pair->a_row;
     const long steps = TILE_STEPS(pair->k);
-    if (rows == 32 && pair->k % 32 == 0)
-        return (Block){(const char *)from, 2 * pair->a_row, 32 * pair->a_row, 64, steps};
+#ifdef TILES_AMX
+    if (rows == 32 && pair->k % 32 == 0) return (Block){(const char *)from, 2 * pair->a_row, 64, steps};
+#endif
     pack_a_rows_m(spare, from, pair->a_row, rows, pair->k);
-    return (Block){spare, 64, 1024, TILE_STEP, steps};
+    return (Block){spare, 64, TILE_STEP, steps};
 }
 
 /* A block of rows against packed panels, NEAR steps at a time: so much of the block stays in the first cache while the
@@ -194,16 +202,13 @@ static void rows_by_panels(const Product *p, long row, long rows, long first, lo
             const long column = 32 * (first + j), columns = least(32, p->n - column);
             float *sum = sums + 1024 * j;
             const char *b = packed + j * pitch;
-            if (s)
-                tiles_load(sum, 32);
-            else
-                tiles_zero();
-            tiles_multiply_from(a.at + s * a.ahead, a.stride, a.half, a.ahead, b + s * TILE_STEP,
-                                least(NEAR, a.steps - s), rows > 16, columns > 16, 1);
+            Sums c;
+            tiles_open(&c, sum, 32, s > 0);
+            tiles_multiply(&c, a.at + s * a.ahead, a.stride, a.ahead, b + s * TILE_STEP, least(NEAR, a.steps - s), rows,
+                           columns, PASSING);
             if (last && a2.steps)
-                tiles_multiply(a2.at, a2.stride, a2.half, a2.ahead, b + a.steps * TILE_STEP, a2.steps, rows > 16,
-                               columns > 16);
-            tiles_store(sum, 32);
+                tiles_multiply(&c, a2.at, a2.stride, a2.ahead, b + a.steps * TILE_STEP, a2.steps, rows, columns, NEARBY);
+            tiles_close(&c);
             if (last) finish(p, sum, row, rows, column, columns);
         }
     }
@@ -241,7 +246,7 @@ static int product(const Product *p, int threads) {
     const size_t panel = (TILE_STEPS(p->pairs[0].k) + TILE_STEPS(p->pairs[1].k)) * TILE_STEP;
     const Deal d = deal_out(columns, rows, panel, threads);
     int failed = 0;
-    if (!ts_has_amx()) return 1;
+    if (!ts_has_tiles()) return 1;
     if (threads == 1) return product_part(p, 0, columns, 0, rows, d.most);
 #pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(| : failed)
     for (long i = 0; i < d.across * d.down; i++) {
@@ -293,10 +298,11 @@ static int gradient_part(const Gradient *g, long first, long last, long from, lo
                 if (j == first || to - from > kept)
                     pack_a_rows_k(block, g->a + t * g->a_row + 32 * r, g->a_row, rows, some);
                 for (long c = 0; c < columns; c += 32) {
-                    tiles_zero();
-                    tiles_multiply(block, 64, 1024, TILE_STEP, b + c / 32 * pitch, TILE_STEPS(some), rows > 16,
-                                   columns - c > 16);
-                    tiles_store(sums, 32);
+                    Sums into;
+                    tiles_open(&into, sums, 32, 0);
+                    tiles_multiply(&into, block, 64, TILE_STEP, b + c / 32 * pitch, TILE_STEPS(some), rows, columns - c,
+                                   NEARBY);
+                    tiles_close(&into);
                     add_block(g, sums, 32 * r, rows, 32 * j + c, least(32, columns - c), g->add || t > 0);
                 }
             }
@@ -309,7 +315,7 @@ static int gradient_part(const Gradient *g, long first, long last, long from, lo
 static int gradient(const Gradient *g, int threads) {
     const long columns = TILE_STEPS(g->n), rows = TILE_STEPS(g->m);
     int failed = 0;
-    if (!ts_has_amx()) return 1;
+    if (!ts_has_tiles()) return 1;
     if (threads == 1) return gradient_part(g, 0, columns, 0, rows);
 #pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(| : failed)
     for (long i = 0; i < threads; i++)
@@ -317,7 +323,7 @@ static int gradient(const Gradient *g, int threads) {
     return failed;
 }
 #else
-int ts_has_amx(void) { return 0; }
+int ts_has_tiles(void) { return 0; }
 static int product(const Product *p, int threads) { return (void)p, (void)threads, 1; }
 static int gradient(const Gradient *g, int threads) { return (void)g, (void)threads, 1; }
 #endif

@@ -1,32 +1,13 @@
 /* Products of some rows with a weight that is laid out already, for weights that are read many times as they are.
 
-   bfloat16 on AMX: a weight [n, k] lies as panels of 32 of its rows (tiles.h), one after the other, so that a product
+   bfloat16 (tiles.h): a weight [n, k] lies as panels of 32 of its rows, one after the other, so that a product
    streams through it once, asking for what comes next ahead of time. */
 #include "tiles.h"
 
 #ifdef TUNESMITH_TILES
 #include <sys/mman.h>
 
-#define AHEAD (8 * TILE_STEP) /* bytes: what memory takes to answer, in steps */
 #define HUGE ((uintptr_t)2 << 20)
-
-/* accumulators += A B, as tiles_multiply, with the panel coming from memory. */
-static inline __attribute__((always_inline)) void multiply(const char *a, const char *b, long steps, const int high) {
-    TILES_FENCE();
-    for (long s = 0; s < steps; s++, a += TILE_STEP, b += TILE_STEP) {
-        for (int i = 0; i < TILE_STEP; i += 64) _mm_prefetch(b + AHEAD + i, _MM_HINT_T0);
-        _tile_loadd(4, a, 64);
-        _tile_loadd(6, b, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, b + 1024, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        if (high) {
-            _tile_loadd(5, a + 1024, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-    }
-}
 
 static __m512 wide(__m256i halves) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
@@ -69,10 +50,10 @@ void ts_packed(const uint16_t *x, const char *packed, const uint16_t *bias, uint
             for (long r = 0; r < rows; r += 32) {
                 const long some = rows - r < 32 ? rows - r : 32;
                 const char *a = blocks + r / 32 * pitch, *b = packed + j * pitch;
-                tiles_zero();
-                if (some > 16) multiply(a, b, steps, 1);
-                else multiply(a, b, steps, 0);
-                tiles_store(sums, 32);
+                Sums c;
+                tiles_open(&c, sums, 32, 0);
+                tiles_multiply(&c, a, 64, TILE_STEP, b, steps, some, 32, AFAR);
+                tiles_close(&c);
                 finish(sums, bias ? bias + 32 * j : 0, y + r * n + 32 * j, n, some, tile_mask(n - 32 * j));
             }
         tiles_end();

@@ -1,4 +1,4 @@
-"""Matrix products of training in bfloat16 on AMX (gemm.c), and plain twins in torch for everything else.
+"""Matrix products of training in bfloat16 on AMX or AVX-512 (gemm.c), and plain twins in torch for everything else.
 
 The kernels sum in float32 over all operands of a call and round once; weights are read where they lie, several of them
 as one. No gradient flows through these: they are for the inside of a hand-written backward, and where gradients are
@@ -27,7 +27,7 @@ LEAST = 65536  # rows x columns x summed: below, torch's own call is the shorter
 
 def fast(dtype: torch.dtype) -> bool:
     """Whether products of this dtype have a kernel on this machine, and it is not switched off."""
-    return dtype == torch.bfloat16 and on("products") and _has_amx()
+    return dtype == torch.bfloat16 and on("products") and _has_tiles()
 
 
 def nt(
@@ -240,9 +240,9 @@ def _pieces(weights: Sequence[Tensor], k: int, by_columns: int) -> list[int]:
 
 
 @cache
-def _has_amx() -> bool:
+def _has_tiles() -> bool:
     held = library()
-    return held is not None and bool(held.ts_has_amx())
+    return held is not None and bool(held.ts_has_tiles())
 
 
 @cache

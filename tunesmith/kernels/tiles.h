@@ -1,12 +1,13 @@
-/* Matrix products on AMX tiles: configuration, packers and a 32 x 32 micro-kernel, for the other files here.
+/* Matrix products of bfloat16 in blocks, for the other files here: packers, and a block of 32 x 32 sums, which AMX keeps
+   in four tiles and AVX-512 in registers, a few rows at a time.
 
-   A tile holds 16 rows of 64 bytes. A block of the result is 32 x 32 floats, held by four tiles; one step multiplies
-   a block 32 x 32 of A by one of B. Formats of packed operands, where `steps` counts steps of 32 along the summed axis:
+   One step multiplies a block 32 x 32 of A by one of B. Formats of packed operands, where `steps` counts steps of 32
+   along the summed axis:
      A panel: [steps][2 tiles][16 rows of A][32 k]          (32 rows of A; a tile's rows may also be read in place)
      B panel: [steps][2 tiles][16 pairs of k][16 columns][2] (32 columns of B)
    Both take 2048 bytes a step and should begin at a multiple of 64 bytes. What is beyond the edge of a matrix is zero
-   in a panel. Use: tiles_begin(); (tiles_zero(); tiles_multiply(...) any number of times; tiles_store(...))...;
-   tiles_end(); all in one thread. */
+   in a panel. Use: tiles_begin(); (tiles_open(...); tiles_multiply(...) any number of times; tiles_close(...))...;
+   tiles_end(); all in one thread. Each sum is made in one order, whatever else is in its block. */
 #ifndef TUNESMITH_TILES_H
 #define TUNESMITH_TILES_H
 
@@ -17,7 +18,7 @@
 #define TILE_STEP 2048 /* bytes of a panel for one step of 32 along the summed axis */
 #define TILE_STEPS(k) (((k) + 31) / 32)
 
-int ts_has_amx(void);            /* gemm.c: whether the processor has AMX and the system lets us use it */
+int ts_has_tiles(void);          /* gemm.c: whether the processor can do this and the system lets us use it */
 void *ts_scratch(size_t bytes);  /* gemm.c: this thread's own memory, at a multiple of 64 bytes; NULL: none left.
                                     Kept for the next call, so that pages are touched once: one user at a time. */
 
@@ -35,10 +36,27 @@ static inline float bf16_to(uint16_t x) {
     return value;
 }
 
-#if defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512BF16__)
 #define TUNESMITH_TILES 1
 #include <immintrin.h>
 
+#define TILES_INLINE static inline __attribute__((always_inline))
+
+typedef struct { /* where the sums of a block belong: rows of 32 floats, `row` floats apart */
+    float *at;
+    size_t row;
+    int add; /* to what is there */
+} Sums;
+
+enum { NEARBY, PASSING, AFAR };  /* where a panel of B comes from: the first cache, the second, memory */
+#define TILES_AHEAD (8 * TILE_STEP) /* bytes: what memory takes to answer, in steps */
+
+TILES_INLINE void tiles_ask(const char *b, const int from) {
+    for (int i = 0; from == AFAR && i < TILE_STEP; i += 64) _mm_prefetch(b + TILES_AHEAD + i, _MM_HINT_T0);
+}
+
+#ifdef __AMX_BF16__
+#define TILES_AMX 1
 /* The compiler's tile intrinsics do not tell it that they read memory: nothing may move across them. */
 #define TILES_FENCE() __asm__ volatile("" ::: "memory")
 
@@ -55,25 +73,43 @@ static inline void tiles_begin(void) {
 
 static inline void tiles_end(void) { _tile_release(); }
 
-static inline void tiles_zero(void) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+static inline void tiles_open(Sums *c, float *at, size_t row, int add) {
+    *c = (Sums){at, row, add};
+    TILES_FENCE();
+    if (!add) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        return;
+    }
+    _tile_loadd(0, at, row * 4);
+    _tile_loadd(1, at + 16, row * 4);
+    _tile_loadd(2, at + 16 * row, row * 4);
+    _tile_loadd(3, at + 16 * row + 16, row * 4);
 }
 
-/* accumulators += A B over `steps` steps, for 16 or 32 rows (`high`: 32) and 16 or 32 columns (`wide`: 32).
-   a: the first row; `stride` bytes from row to row, `half` bytes from row 0 to row 16, `ahead` bytes from step to step:
-   a packed panel has (64, 1024, 2048), a row-major matrix of row stride s bytes read in place (s, 16 * s, 64).
-   b: a packed panel. `passing`: b comes from the second cache and shall not drive a out of the first. */
-static inline __attribute__((always_inline)) void tiles_multiply_from(const void *a, size_t stride, size_t half,
-                                                                      size_t ahead, const void *b, long steps,
-                                                                      int high, int wide, int passing) {
-    const char *pa = a, *pb = b;
+static inline void tiles_close(Sums *c) {
+    _tile_stored(0, c->at, c->row * 4);
+    _tile_stored(1, c->at + 16, c->row * 4);
+    _tile_stored(2, c->at + 16 * c->row, c->row * 4);
+    _tile_stored(3, c->at + 16 * c->row + 16, c->row * 4);
     TILES_FENCE();
-    if (high && wide && passing)
+}
+
+/* sums += A B over `steps` steps, of `rows` rows and `columns` columns at least; what is in other sums has no meaning.
+   a: the first row; `stride` bytes from row to row, `ahead` bytes from step to step: a packed panel has (64, 2048), a
+   row-major matrix of row stride s bytes read in place (s, 64). b: a packed panel. */
+TILES_INLINE void tiles_multiply(Sums *c, const void *a, size_t stride, size_t ahead, const void *b, long steps,
+                                 long rows, long columns, const int from) {
+    const char *pa = a, *pb = b;
+    const size_t half = 16 * stride;
+    (void)c;
+    TILES_FENCE();
+    if (rows > 16 && columns > 16 && from)
         for (long s = 0; s < steps; s++, pa += ahead, pb += TILE_STEP) {
-            _tile_stream_loadd(6, pb, 64);
+            tiles_ask(pb, from);
+            _tile_stream_loadd(6, pb, 64); /* shall not drive a out of the first cache */
             _tile_loadd(4, pa, stride);
             _tile_stream_loadd(7, pb + 1024, 64);
             _tile_dpbf16ps(0, 4, 6);
@@ -82,7 +118,7 @@ static inline __attribute__((always_inline)) void tiles_multiply_from(const void
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
-    else if (high && wide)
+    else if (rows > 16 && columns > 16)
         for (long s = 0; s < steps; s++, pa += ahead, pb += TILE_STEP) {
             _tile_loadd(6, pb, 64);
             _tile_loadd(4, pa, stride);
@@ -93,8 +129,9 @@ static inline __attribute__((always_inline)) void tiles_multiply_from(const void
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
-    else if (wide)
+    else if (columns > 16)
         for (long s = 0; s < steps; s++, pa += ahead, pb += TILE_STEP) {
+            tiles_ask(pb, from);
             _tile_loadd(4, pa, stride);
             _tile_loadd(6, pb, 64);
             _tile_loadd(7, pb + 1024, 64);
@@ -106,35 +143,81 @@ static inline __attribute__((always_inline)) void tiles_multiply_from(const void
             _tile_loadd(6, pb, 64);
             _tile_loadd(4, pa, stride);
             _tile_dpbf16ps(0, 4, 6);
-            if (high) {
+            if (rows > 16) {
                 _tile_loadd(5, pa + half, stride);
                 _tile_dpbf16ps(2, 5, 6);
             }
         }
 }
+#else
+static inline void tiles_begin(void) {}
+static inline void tiles_end(void) {}
+static inline void tiles_open(Sums *c, float *at, size_t row, int add) { *c = (Sums){at, row, add}; }
+static inline void tiles_close(Sums *c) { (void)c; }
 
-static inline __attribute__((always_inline)) void tiles_multiply(const void *a, size_t stride, size_t half,
-                                                                 size_t ahead, const void *b, long steps, int high,
-                                                                 int wide) {
-    tiles_multiply_from(a, stride, half, ahead, b, steps, high, wide, 0);
+/* Some rows of a packed panel of A against the first 16 or 32 columns of one of B; all sums are in registers. */
+TILES_INLINE void tiles_part(const Sums *c, long first, const char *a, size_t ahead, const char *b, long steps,
+                             const int rows, const int wide, const int from) {
+    __m512 sums[16][2];
+    float *to = c->at + first * c->row;
+    a += 64 * first;
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v <= wide; v++)
+            sums[r][v] = c->add ? _mm512_loadu_ps(to + r * c->row + 16 * v) : _mm512_setzero_ps();
+    for (long s = 0; s < steps; s++, a += ahead, b += TILE_STEP) {
+        tiles_ask(b, from);
+#pragma GCC unroll 2
+        for (int pair = 0; pair < 16; pair++) {
+            const __m512bh low = (__m512bh)_mm512_load_si512(b + 64 * pair);
+            const __m512bh high = (__m512bh)_mm512_load_si512(b + 1024 + 64 * pair);
+#pragma GCC unroll 16
+            for (int r = 0; r < rows; r++) {
+                int32_t two;
+                memcpy(&two, a + 64 * r + 4 * pair, 4);
+                const __m512bh both = (__m512bh)_mm512_set1_epi32(two);
+                sums[r][0] = _mm512_dpbf16_ps(sums[r][0], both, low);
+                if (wide) sums[r][1] = _mm512_dpbf16_ps(sums[r][1], both, high);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v <= wide; v++) _mm512_storeu_ps(to + r * c->row + 16 * v, sums[r][v]);
 }
 
-/* The accumulators from c, a row-major block of 32 x 32 floats with `row` floats from row to row: to go on adding. */
-static inline void tiles_load(const float *c, size_t row) {
-    TILES_FENCE();
-    _tile_loadd(0, c, row * 4);
-    _tile_loadd(1, c + 16, row * 4);
-    _tile_loadd(2, c + 16 * row, row * 4);
-    _tile_loadd(3, c + 16 * row + 16, row * 4);
-}
+#define TILES_PART(name, rows, wide, from)                                                                         \
+    static __attribute__((noinline, unused)) void name(const Sums *c, long first, const char *a, size_t ahead, const char *b, \
+                                                       long steps) {                                               \
+        tiles_part(c, first, a, ahead, b, steps, rows, wide, from);                                                \
+    }
+TILES_PART(tiles_4_rows, 4, 1, PASSING)
+TILES_PART(tiles_8_rows, 8, 1, PASSING)
+TILES_PART(tiles_12_rows, 12, 1, PASSING)
+TILES_PART(tiles_16_rows, 16, 0, PASSING)
+TILES_PART(tiles_4_rows_afar, 4, 1, AFAR)
+TILES_PART(tiles_8_rows_afar, 8, 1, AFAR)
+TILES_PART(tiles_12_rows_afar, 12, 1, AFAR)
 
-static inline void tiles_store(float *c, size_t row) {
-    _tile_stored(0, c, row * 4);
-    _tile_stored(1, c + 16, row * 4);
-    _tile_stored(2, c + 16 * row, row * 4);
-    _tile_stored(3, c + 16 * row + 16, row * 4);
-    TILES_FENCE();
+/* sums += A B over `steps` steps, of `rows` rows and `columns` columns at least; what is in other sums has no meaning.
+   a: a packed panel, whose `stride` is 64, `ahead` bytes from step to step. b: a packed panel. */
+TILES_INLINE void tiles_multiply(Sums *c, const void *a, size_t stride, size_t ahead, const void *b, long steps,
+                                 long rows, long columns, const int from) {
+    (void)stride;
+    for (long first = 0; columns <= 16 && first < rows; first += 16) tiles_16_rows(c, first, a, ahead, b, steps);
+    for (long first = 0, some; columns > 16 && first < rows; first += some) {
+        const long left = rows - first;
+        const int asking = from == AFAR && !first; /* what follows finds the panel in the cache */
+        some = left > 16 || (left > 8 && left <= 12) ? 12 : left > 4 ? 8 : 4;
+        if (some == 12) (asking ? tiles_12_rows_afar : tiles_12_rows)(c, first, a, ahead, b, steps);
+        else if (some == 8) (asking ? tiles_8_rows_afar : tiles_8_rows)(c, first, a, ahead, b, steps);
+        else (asking ? tiles_4_rows_afar : tiles_4_rows)(c, first, a, ahead, b, steps);
+    }
+    c->add = 1;
 }
+#endif
 
 /* Sixteen rows of sixteen dwords, transposed. */
 static inline __attribute__((always_inline)) void tile_transpose(__m512i r[16]) {
