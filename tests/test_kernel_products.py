@@ -1,4 +1,4 @@
-"""Products in bfloat16 (AMX, AVX-512) against float64 and against their plain twins: every orientation, edge, and way to lie in memory."""
+"""Products in bfloat16 against float64 and against their plain twins: every orientation, edge, and way to lie."""
 
 from __future__ import annotations
 

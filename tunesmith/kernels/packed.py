@@ -1,8 +1,8 @@
 """Products with weights that stay as they are, laid out once as the hardware reads them; and the plain twin.
 
 A product of some rows in bfloat16 spends more time on laying the weight out than on anything else. What is laid out is
-a copy, so it is made only where the same weights will be read many times. Where tiles.h has products the layout is our own (packed.c), in
-one room for all weights, so that reading them is one stream; elsewhere it is oneDNN's.
+a copy, so it is made only where the same weights will be read many times. Where tiles.h has products the layout is our
+own (packed.c), in one room for all weights, so that reading them is one stream; elsewhere it is oneDNN's.
 """
 
 from __future__ import annotations
