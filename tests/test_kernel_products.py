@@ -23,6 +23,8 @@ SHAPES = [
     (70, (100, 29), 650, 7),
     (17, (40,), 1300, 1),
     (1, (3,), 3, 2),
+    (70, (37,), 2500, 3),  # a long sum, in passes: forward, and backward
+    (70, (2500,), 37, 3),
 ]
 
 
@@ -99,6 +101,20 @@ def test_backward_products_of_several_weights_are_as_near_as_torchs(
     if given:
         exact = exact + given[0].double() @ torch.cat(given[1]).double()
     assert no_worse(products.nn(dy, ws, *given), products.plain_nn(*copies((dy, ws, *given))), exact)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_result_can_go_where_the_caller_wants_it(dtype: torch.dtype, bias: bool) -> None:
+    """Kills: `out` left as it was, or another tensor returned, by the kernel or by either twin."""
+    x, w = torch.randn(40, 64).to(dtype), torch.randn(80, 64).to(dtype)
+    shift = torch.randn(80).to(dtype) if bias else None
+    for wanted, found in (
+        (products.nt(x, w, bias=shift), products.nt(x, w, bias=shift, out=(y := x.new_empty(40, 80)))),
+        (products.nn(x, w.T.contiguous()), products.nn(x, w.T.contiguous(), out=(y2 := x.new_empty(40, 80)))),
+    ):
+        assert found.data_ptr() in (y.data_ptr(), y2.data_ptr())
+        torch.testing.assert_close(found, wanted)
 
 
 @on_tiles

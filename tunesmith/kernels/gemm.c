@@ -61,7 +61,10 @@ typedef struct { /* out (+)= scale a' b, a [t, m], b [t, n]; out [m, n], or [n, 
 #endif
 #define GROUP_PANELS 30 /* more would leave the other operand's rows no place in it */
 #define NEAR 18         /* steps of a block of rows that stay in the first cache */
+#define MANY_STEPS 64   /* from here on a sum of one weight is made in passes, so that its panels fit the cache */
+#define SOME_STEPS 16   /* of one pass */
 #define LONGEST 256     /* rows of one partial sum in ts_gradient */
+#define PITCH(steps) ((steps) * TILE_STEP + 192) /* bytes from panel to panel: apart in the cache */
 
 int ts_has_tiles(void) {
 #ifdef TILES_AMX /* Linux lends the tiles' registers only to processes that ask */
@@ -191,51 +194,78 @@ static Block block_of(const Pair *pair, long row, long rows, char *spare) {
 }
 
 /* A block of rows against packed panels, NEAR steps at a time: so much of the block stays in the first cache while the
-   panels pass by. Sums wait in memory between. */
+   panels pass by. Sums wait in memory between; `add`: they are there already, `last`: they are complete then. */
 static void rows_by_panels(const Product *p, long row, long rows, long first, long panels, const char *packed,
-                           char *spare[2], float *sums) {
+                           char *spare[2], float *sums, int add, int last) {
     const Block a = block_of(p->pairs, row, rows, spare[0]), a2 = block_of(p->pairs + 1, row, rows, spare[1]);
-    const long pitch = (a.steps + a2.steps) * TILE_STEP;
+    const long pitch = PITCH(a.steps + a2.steps);
     for (long s = 0; s < a.steps; s += NEAR) {
-        const int last = s + NEAR >= a.steps;
+        const int ends = s + NEAR >= a.steps;
         for (long j = 0; j < panels; j++) {
             const long column = 32 * (first + j), columns = least(32, p->n - column);
             float *sum = sums + 1024 * j;
             const char *b = packed + j * pitch;
             Sums c;
-            tiles_open(&c, sum, 32, s > 0);
+            tiles_open(&c, sum, 32, add || s > 0);
             tiles_multiply(&c, a.at + s * a.ahead, a.stride, a.ahead, b + s * TILE_STEP, least(NEAR, a.steps - s), rows,
                            columns, PASSING);
-            if (last && a2.steps)
+            if (ends && a2.steps)
                 tiles_multiply(&c, a2.at, a2.stride, a2.ahead, b + a.steps * TILE_STEP, a2.steps, rows, columns, NEARBY);
             tiles_close(&c);
-            if (last) finish(p, sum, row, rows, column, columns);
+            if (ends && last) finish(p, sum, row, rows, column, columns);
         }
     }
 }
 
+/* Steps of one pass: all of them, unless the sum is long and of one weight. */
+static long steps_of(const Product *p) {
+    const long steps = TILE_STEPS(p->pairs[0].k);
+    return p->pairs[0].count == 1 && steps >= MANY_STEPS ? SOME_STEPS : steps;
+}
+
+/* The part of a product that sums `some` from k on; the second pair belongs to the last part. */
+static Product part_of(const Product *p, long k, long some, Piece *piece) {
+    Product part = *p;
+    if (some == p->pairs[0].k) return part;
+    *piece = p->pairs[0].pieces[0];
+    piece->at += p->by_columns ? k * piece->row : k;
+    if (p->by_columns) piece->rows = some;
+    else piece->width = some;
+    part.pairs[0].a += k, part.pairs[0].k = some, part.pairs[0].pieces = piece;
+    if (k + some < p->pairs[0].k) part.pairs[1].k = part.pairs[1].count = 0;
+    return part;
+}
+
+static void pack_group(const Product *p, char *packed, char *spare, long first, long columns) {
+    const long steps[2] = {TILE_STEPS(p->pairs[0].k), TILE_STEPS(p->pairs[1].k)};
+    const size_t pitch = PITCH(steps[0] + steps[1]);
+    for (int i = 0; i < 2; packed += steps[i++] * TILE_STEP)
+        (p->by_columns ? pack_rows_k : pack_rows_n)(p->pairs + i, packed, pitch, (uint16_t *)spare, first, columns);
+}
+
 /* Panels [first, last) for the row blocks [from, to), in groups of at most `most` panels. */
 static int product_part(const Product *p, long first, long last, long from, long to, long most) {
-    const long steps[2] = {TILE_STEPS(p->pairs[0].k), TILE_STEPS(p->pairs[1].k)}, all = steps[0] + steps[1];
+    const long steps[2] = {steps_of(p), TILE_STEPS(p->pairs[1].k)}, all = steps[0] + steps[1];
     const long groups = (last - first + most - 1) / most; /* of one size, as nearly as can be */
+    const long k = p->pairs[0].k, kept = 32 * steps[0] < k ? to - from : 1; /* row blocks whose sums are kept */
     most = groups ? (last - first + groups - 1) / groups : 1;
-    char *at = ts_scratch((size_t)most * 4096 + (size_t)(most + 2) * all * TILE_STEP);
+    char *at = ts_scratch((size_t)kept * most * 4096 + (size_t)(most + 2) * PITCH(all));
     if (!at) return 1;
     float *sums = (float *)at;
-    char *blocks[2] = {at + most * 4096, at + most * 4096 + steps[0] * TILE_STEP};
+    char *blocks[2] = {at + kept * most * 4096, at + kept * most * 4096 + steps[0] * TILE_STEP};
     char *spare = blocks[1] + steps[1] * TILE_STEP, *packed = spare + all * TILE_STEP;
     tiles_begin();
     for (; first < last; first += most) {
         const long panels = least(most, last - first);
-        const long columns = least(32 * panels, p->n - 32 * first);
-        char *into = packed;
-        for (int i = 0; i < 2; into += steps[i++] * TILE_STEP)
-            if (p->by_columns)
-                pack_rows_k(p->pairs + i, into, all * TILE_STEP, (uint16_t *)spare, 32 * first, columns);
-            else
-                pack_rows_n(p->pairs + i, into, all * TILE_STEP, (uint16_t *)spare, 32 * first, columns);
-        for (long r = from; r < to; r++)
-            rows_by_panels(p, 32 * r, least(32, p->m - 32 * r), first, panels, packed, blocks, sums);
+        for (long done = 0, some; done < k; done += some) {
+            Piece piece;
+            some = least(32 * steps[0], k - done);
+            const Product part = part_of(p, done, some, &piece);
+            pack_group(&part, packed, spare, 32 * first, least(32 * panels, p->n - 32 * first));
+            for (long r = from; r < to; r++)
+                rows_by_panels(&part, 32 * r, least(32, p->m - 32 * r), first, panels, packed, blocks,
+                               sums + (kept > 1 ? r - from : 0) * most * 1024, done > 0, done + some == k);
+        }
     }
     tiles_end();
     return 0;
@@ -243,7 +273,7 @@ static int product_part(const Product *p, long first, long last, long from, long
 
 static int product(const Product *p, int threads) {
     const long columns = TILE_STEPS(p->n), rows = TILE_STEPS(p->m);
-    const size_t panel = (TILE_STEPS(p->pairs[0].k) + TILE_STEPS(p->pairs[1].k)) * TILE_STEP;
+    const size_t panel = PITCH(steps_of(p) + TILE_STEPS(p->pairs[1].k));
     const Deal d = deal_out(columns, rows, panel, threads);
     int failed = 0;
     if (!ts_has_tiles()) return 1;
@@ -280,7 +310,7 @@ static void add_block(const Gradient *g, float *sums, long row, long rows, long 
 
 /* Panels [first, last) for the row blocks [from, to), LONGEST rows of t at a time. */
 static int gradient_part(const Gradient *g, long first, long last, long from, long to) {
-    const long steps = least(TILE_STEPS(g->t), LONGEST / 32), pitch = steps * TILE_STEP + 192; /* apart in the cache */
+    const long steps = least(TILE_STEPS(g->t), LONGEST / 32), pitch = PITCH(steps);
     const long most = least(last - first, 32), kept = least(to - from, 4);
     char *at = ts_scratch(4096 + (size_t)(most + kept) * pitch);
     if (!at) return 1;

@@ -31,7 +31,12 @@ def fast(dtype: torch.dtype) -> bool:
 
 
 def nt(
-    x: Tensor, w: Weights, x2: Tensor | None = None, w2: Weights | None = None, bias: Tensor | None = None
+    x: Tensor,
+    w: Weights,
+    x2: Tensor | None = None,
+    w2: Weights | None = None,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """x w' + x2 w2' + bias: [rows, outputs].
 
@@ -41,14 +46,18 @@ def nt(
         x2, w2: [rows, r] and [outputs, r], a second product into the same sums. Several w2 lie one below the other,
             each as wide as x2, or each with its own columns of x2, one after the other (block-diagonal).
         bias: [outputs].
+        out: [rows, outputs], contiguous, where the result belongs; it is changed and returned.
     """
     ws, w2s = _several(w), _several(w2)
     n = sum(one.shape[0] for one in ws)
-    if not _ours(x.shape[0], n, x, *ws, x2, *w2s, bias):
-        return plain_nt(x, ws, x2, w2s, bias)
-    y = x.new_empty(x.shape[0], n)
-    done = _product(0, y, (x, ws), (x2, w2s), bias)
-    return y if done else plain_nt(x, ws, x2, w2s, bias)
+    if _ours(x.shape[0], n, x, *ws, x2, *w2s, bias, out):
+        y = x.new_empty(x.shape[0], n) if out is None else out
+        if _product(0, y, (x, ws), (x2, w2s), bias):
+            return y
+    if out is not None and x2 is None and len(ws) == 1:
+        return torch.mm(x, ws[0].T, out=out) if bias is None else torch.addmm(bias, x, ws[0].T, out=out)
+    y = plain_nt(x, ws, x2, w2s, bias)
+    return y if out is None else out.copy_(y)
 
 
 def plain_nt(
@@ -65,20 +74,27 @@ def plain_nt(
     return y + torch.cat([part @ one.T for part, one in zip(parts, w2s, strict=True)], -1)
 
 
-def nn(dy: Tensor, w: Weights, dy2: Tensor | None = None, w2: Weights | None = None) -> Tensor:
+def nn(
+    dy: Tensor, w: Weights, dy2: Tensor | None = None, w2: Weights | None = None, out: Tensor | None = None
+) -> Tensor:
     """dy w + dy2 w2: [rows, inputs].
 
     Args:
         dy: [rows, outputs]; rows may lie apart.
         w: [outputs, inputs], or several, one below the other.
         dy2, w2: [rows, r] and [r, inputs] (or several, one below the other), a second product into the same sums.
+        out: [rows, inputs], contiguous, where the result belongs; it is changed and returned.
     """
     ws, w2s = _several(w), _several(w2)
     n = ws[0].shape[1]
-    if not _ours(dy.shape[0], n, dy, *ws, dy2, *w2s):
-        return plain_nn(dy, ws, dy2, w2s)
-    dx = dy.new_empty(dy.shape[0], n)
-    return dx if _product(1, dx, (dy, ws), (dy2, w2s), None) else plain_nn(dy, ws, dy2, w2s)
+    if _ours(dy.shape[0], n, dy, *ws, dy2, *w2s, out):
+        dx = dy.new_empty(dy.shape[0], n) if out is None else out
+        if _product(1, dx, (dy, ws), (dy2, w2s), None):
+            return dx
+    if out is not None and dy2 is None and len(ws) == 1:
+        return torch.mm(dy, ws[0], out=out)
+    dx = plain_nn(dy, ws, dy2, w2s)
+    return dx if out is None else out.copy_(dx)
 
 
 def plain_nn(dy: Tensor, w: Weights, dy2: Tensor | None = None, w2: Weights | None = None) -> Tensor:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tunesmith.kernels import products
 from tunesmith.kernels.elementwise import cross_entropy_
 from tunesmith.models.route import Owners, checkpoint_contexts
 
-ROOM = 64 << 20  # bytes of logits that the fused head has in memory
+ROOM = 32 << 20  # bytes of logits that the fused head has in memory
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,12 @@ class _Fused(torch.autograd.Function):
         room = hidden.new_empty(rows, len(weight))
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
-            logits = _product(hidden[part], weight, bias, room[: len(targets[part])])
+            logits = products.nt(hidden[part], weight, bias=bias, out=room[: len(targets[part])])
             losses[part] = cross_entropy_(
                 logits, targets[part], shaping.scale, shaping.cap, gradient=gradient is not None
             )
             if gradient is not None:
-                torch.mm(logits, weight, out=gradient[part])
+                products.nn(logits, weight, out=gradient[part])
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return losses
@@ -100,13 +101,6 @@ class _Fused(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         # the product in float32: the weight of a step can be large
         return (gradient * grads[0][:, None]).to(gradient.dtype), None, None, None, None
-
-
-def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, room: Tensor) -> Tensor:
-    """The raw logits, in memory that every chunk uses again."""
-    if bias is None:
-        return torch.mm(hidden, weight.T, out=room)
-    return torch.addmm(bias, hidden, weight.T, out=room)
 
 
 def plain_losses(
