@@ -105,6 +105,28 @@ def test_sizes_are_kept_unless_one_row_alone_is_larger(n: int, tokens: int, micr
             assert sum(len(row.ids) for row in batch) <= micro or len(batch) == 1
 
 
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.integers(1, 13), min_size=1, max_size=9), micro=st.integers(1, 40))
+def test_micro_batches_are_as_few_and_then_as_even_as_can_be(lengths: list[int], micro: int) -> None:
+    """Kills: filling one after another, which leaves a small rest and a larger peak. Held against all possible cuts."""
+    rows = [Row(number, tuple(range(length))) for number, length in enumerate(sorted(lengths))]
+    mixture, got = Mixture([len(rows)], seed=2), lambda source, row: rows[row]
+    (step,) = StepStream(
+        mixture, got, Sizes(rows_per_step=None, tokens_per_step=999, micro_batch_tokens=micro), epochs=1
+    )
+    ordered = [len(row.ids) for batch in step.micro_batches for row in batch]
+    possible = []
+    for places in range(2 ** (len(ordered) - 1)):
+        cut = [[ordered[0]]]
+        for at, length in enumerate(ordered[1:]):
+            if places >> at & 1:
+                cut.append([])
+            cut[-1].append(length)
+        if all(len(part) == 1 or sum(part) <= micro for part in cut):
+            possible.append((len(cut), max(map(sum, cut))))
+    assert (len(step.micro_batches), max(sum(len(r.ids) for r in b) for b in step.micro_batches)) == min(possible)
+
+
 def test_rows_per_step_gives_full_steps_across_epochs_and_a_last_partial_one() -> None:
     made = steps(5, Sizes(rows_per_step=3, micro_batch_rows=2), epochs=2, get=whole)
     assert [[len(batch) for batch in step.micro_batches] for step in made] == [[2, 1], [2, 1], [2, 1], [1]]

@@ -9,7 +9,7 @@ two integers, from which the same steps follow again; nothing else is remembered
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 from tunesmith.core.errors import ConfigError, DataError
@@ -170,15 +170,31 @@ class StepStream(Generic[E]):
         return Step(number, self._cut(rows), cursor, epoch, dropped)
 
     def _cut(self, rows: list[E]) -> list[list[E]]:
-        cut: list[list[E]] = [[]]
-        tokens = 0
-        for row in _side_by_side(rows):
-            if not self.sizes.micro_takes(len(cut[-1]) + 1, tokens + len(row.ids)):
-                cut.append([])
-                tokens = 0
-            cut[-1].append(row)
-            tokens += len(row.ids)
+        """Micro-batches, as few as the sizes allow, and as even in tokens as so few can be: the largest is the peak."""
+        ordered = _side_by_side(rows)
+        cut, most = _in_order(ordered, self.sizes), self.sizes.micro_batch_tokens or 0
+        low = max(1, sum(len(row.ids) for row in rows) // len(cut))
+        while low < most:  # the smallest size with which there are no more of them
+            middle = (low + most) // 2
+            found = _in_order(ordered, replace(self.sizes, micro_batch_tokens=middle))
+            if len(found) == len(cut):
+                cut, most = found, middle
+            else:
+                low = middle + 1
         return cut
+
+
+def _in_order(rows: Sequence[E], sizes: Sizes) -> list[list[E]]:
+    """Rows one after another, a new micro-batch where one is full."""
+    cut: list[list[E]] = [[]]
+    tokens = 0
+    for row in rows:
+        if not sizes.micro_takes(len(cut[-1]) + 1, tokens + len(row.ids)):
+            cut.append([])
+            tokens = 0
+        cut[-1].append(row)
+        tokens += len(row.ids)
+    return cut
 
 
 def _side_by_side(rows: Sequence[E]) -> list[E]:
