@@ -24,7 +24,7 @@ from tunesmith.models.sampling import Chooser
 
 pytestmark = pytest.mark.slow
 
-FAMILIES = ["llama", "mistral", "qwen2", "gemma"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"]
 PROMPTS = prompts_of((31, 2, PAGE, 40, 33, 1, 50, 9), seed=7)  # ends before, at and behind those of pages
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conformance import CASES, REFUSED, built, model_of
-from tiny_models import disturb, tiny_batch
+from tiny_models import disturb, tiny_batch, with_exact_norms
 from torch import Tensor
 
 from tunesmith.core.errors import ConfigError
@@ -21,7 +21,8 @@ from tunesmith.models.route import Route
 
 # long enough for tiles of 16 and 32 to have edges, short enough for the sliding windows of the tiny models to matter
 LENGTHS = (37, 5, 21)
-FAMILIES = ("llama", "mistral", "qwen2", "gemma", "gpt2", "bert", "t5")
+FUSED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
+FAMILIES = (*FUSED, "gpt2", "bert", "t5")
 # one stands for all where time is short
 IN_TURN = ["llama", *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES[1:])]
 
@@ -61,7 +62,12 @@ def test_all_savings_together_change_nothing_in_fp32(case: str, family: str, tmp
     with without(*SAVINGS):
         exact_loss, exact = learnt(model_of(family, tmp_path), case)
     assert loss == pytest.approx(exact_loss, rel=1e-6)
-    assert distance(found, exact) <= 2e-6
+    if distance(found, exact) > 2e-6:  # most of a gradient may cancel: then neither is near to exact arithmetic
+        wide = model_of(family, tmp_path, dtype=torch.float64)
+        wide.model.load_state_dict(model_of(family, tmp_path).model.state_dict())
+        _, widest = learnt(with_exact_norms(wide), case)
+        assert distance(exact, widest) > 2e-6
+        assert distance(found, widest) <= 1.1 * distance(exact, widest)
 
 
 @pytest.mark.parametrize("family", IN_TURN)
@@ -100,7 +106,7 @@ def test_each_saving_alone_can_be_switched_off(saving: str, recompute: str, tmp_
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_like_families_run_through_fused_blocks(family: str, tmp_path: Path) -> None:
     loaded = model_of(family, tmp_path)
-    assert blocks.fits(loaded.model) == (family in ("llama", "mistral", "qwen2", "gemma"))
+    assert blocks.fits(loaded.model) == (family in FUSED)
     loaded.model.get_input_embeddings().register_forward_hook(lambda *_: None)
     assert not blocks.fits(loaded.model)  # somebody listens
 

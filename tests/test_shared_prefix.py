@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import ENCODERS, TinyLoaded, disturb, tiny_loaded
+from tiny_models import ENCODERS, TinyLoaded, disturb, tiny_loaded, with_exact_norms
 from torch import Tensor, nn
 
 from tunesmith.adapt.lora import LoRA
@@ -82,17 +82,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def loaded_in(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> TinyLoaded:
     loaded = tiny_loaded(family, dtype=dtype, **(WIDE.get(family, {}) | changes))
-    if dtype == torch.float64:
-        for module in loaded.model.modules():
-            if type(module).__name__.endswith("RMSNorm"):
-                module.forward = _wide_norm(module)
-    return loaded
-
-
-def _wide_norm(norm: Any) -> Any:
-    eps = getattr(norm, "variance_epsilon", None) or norm.eps
-    offset = float("Gemma" in type(norm).__name__)
-    return lambda x: (norm.weight + offset) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return with_exact_norms(loaded) if dtype == torch.float64 else loaded
 
 
 def outcome(policy: Policy, batches: Sequence[Batch], saving: bool) -> tuple[Tensor, dict[str, Tensor]]:

@@ -121,6 +121,20 @@ def tiny_loaded(family: str = "llama", folder: Path | str = ".", **changes: Any)
     return TinyLoaded(model, Path(folder), f"tiny-{family}", family_of(model.config, model), "f" * 64, model.config)
 
 
+def with_exact_norms(loaded: TinyLoaded) -> TinyLoaded:
+    """The same with norms in the dtype of the model: in float64, transformers computes them in float32."""
+    for module in loaded.model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = _norm_of(module)
+    return loaded
+
+
+def _norm_of(norm: Any) -> Any:
+    eps = getattr(norm, "variance_epsilon", None) or norm.eps
+    offset = float("Gemma" in type(norm).__name__)
+    return lambda x: (norm.weight + offset) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
 def tiny_batch(lengths: tuple[int, ...] = (7, 3, 9), seed: int = 0, vocabulary: int = VOCABULARY) -> Batch:
     """Documents of random tokens, the first two of each not supervised."""
     draw = torch.Generator().manual_seed(seed)
