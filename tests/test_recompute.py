@@ -25,7 +25,10 @@ from tunesmith.plan.trace import Traced, measure, sample_batch, trace
 pytestmark = pytest.mark.slow
 
 BATCH = tiny_batch((37, 5, 21))
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2", "phi3", "opt", "gpt_neox", "bert", "t5")
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text",
+    "gpt2", "phi3", "opt", "gpt_neox", "bert", "t5",
+)  # fmt: skip
 HOWS = ("selective", "full", Recompute(1, 0), Recompute(0, 1), Recompute(1, 1))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conformance import CASES, REFUSED, built, model_of
 from tiny_models import disturb, tiny_batch, with_exact_norms
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunesmith.core.errors import ConfigError
 from tunesmith.core.switches import SAVINGS, VARIABLE, on, without
@@ -107,8 +107,53 @@ def test_each_saving_alone_can_be_switched_off(saving: str, recompute: str, tmp_
 def test_llama_like_families_run_through_fused_blocks(family: str, tmp_path: Path) -> None:
     loaded = model_of(family, tmp_path)
     assert blocks.fits(loaded.model) == (family in FUSED)
-    loaded.model.get_input_embeddings().register_forward_hook(lambda *_: None)
-    assert not blocks.fits(loaded.model)  # somebody listens
+
+
+WATCH = {
+    "forward": lambda module: module.register_forward_hook(lambda *_: None),
+    "forward pre": lambda module: module.register_forward_pre_hook(lambda *_: None),
+    "backward": lambda module: module.register_full_backward_hook(lambda *_: None),
+    "backward pre": lambda module: module.register_full_backward_pre_hook(lambda *_: None),
+    "anywhere": lambda _: nn.modules.module.register_module_forward_hook(lambda *_: None),
+}
+
+
+@pytest.mark.skipif(library() is None, reason="fused blocks need the compiled kernels, and there is no C compiler here")
+@pytest.mark.parametrize("watch", WATCH.values(), ids=WATCH)
+@pytest.mark.parametrize(
+    "place", ["layers.1", "layers.0.self_attn", "layers.1.mlp.act_fn", "layers.0.self_attn.q_proj"]
+)
+def test_a_hook_is_noticed_whenever_it_comes_and_wherever_it_is(place: str, watch: Any, tmp_path: Path) -> None:
+    """Kills: an answer that is kept while a hook or a module comes; a module that a port stands for, not asked."""
+    loaded = model_of("llama", tmp_path)
+    base = loaded.model.base_model
+    module = base.get_submodule(place)
+    built("lora").attach(loaded, "a", 0)  # a port stands at q_proj
+    for one in (module, base.get_submodule(place)):
+        assert blocks.fits(loaded.model)
+        hook = watch(one)
+        assert not blocks.fits(loaded.model)
+        hook.remove()
+    assert blocks.fits(loaded.model)
+    fresh = nn.SiLU()
+    hook = watch(fresh)
+    base.layers[1].mlp.act_fn = fresh
+    assert not blocks.fits(loaded.model)
+    hook.remove()
+
+
+@pytest.mark.skipif(library() is None, reason="fused blocks need the compiled kernels, and there is no C compiler here")
+@pytest.mark.parametrize("kind", ["forward", "forward pre"])
+def test_a_hook_on_what_a_port_stands_for_is_called(kind: str, tmp_path: Path) -> None:
+    """Kills: a base's weight multiplied by the port in its place."""
+    loaded = model_of("llama", tmp_path)
+    seen: list[str] = []
+    module = loaded.model.base_model.layers[0].self_attn.q_proj
+    adapter = built("lora").attach(loaded, "a", 0)
+    register = module.register_forward_hook if kind == "forward" else module.register_forward_pre_hook
+    register(lambda *_: seen.append(kind))
+    Policy(loaded, adapter.route).token_losses(tiny_batch(LENGTHS)).sum().backward()
+    assert seen == [kind]
 
 
 @pytest.mark.skipif(library() is None, reason="fused blocks need the compiled kernels, and there is no C compiler here")

@@ -25,12 +25,11 @@ from tunesmith.kernels.lowrank import Again, Map, maps
 from tunesmith.models.attention import attend, is_heard
 from tunesmith.models.copies import acting_parameters
 from tunesmith.models.forms import NORMS, Form, Tables, form_of, modules_at
-from tunesmith.models.ports import Port, as_map
+from tunesmith.models.ports import Port, as_map, is_any_watched
 from tunesmith.models.recompute import again, is_again, made_again
 from tunesmith.models.trunk import current_cut
 
 log = logging.getLogger(__name__)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GATES = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"
 }  # fmt: skip
@@ -42,7 +41,7 @@ def fits(model: Any) -> bool:
     if form_of(model) is None or gate_of(model.config) is None:
         _tell(type(base).__name__)
         return False
-    if is_heard() or is_watched(base):
+    if is_heard() or is_any_watched(base):
         return False
     return on("elementwise") and usable(model.get_input_embeddings().weight)
 
@@ -94,26 +93,6 @@ def gate_of(config: Any) -> str | None:
     """The activation of the MLP as the kernels name it; None where they lack it."""
     name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     return _GATES.get(str(name))
-
-
-def is_watched(model: nn.Module) -> bool:
-    """Whether a hook waits for some module of a model to run.
-
-    Asked anew each time, because nothing tells when a hook comes. What ports hold beside a module is left out: with
-    many adapters it is nearly all modules, and no block passes over what would have called them.
-    """
-    if any(getattr(nn.modules.module, f"_global{name}") for name in _HOOKS):
-        return True
-    waiting: list[nn.Module | None] = [model]
-    while waiting:
-        module = waiting.pop()
-        if module is None:
-            continue
-        held = vars(module)
-        if any(map(held.__getitem__, _HOOKS)):
-            return True
-        waiting += (module.base,) if isinstance(module, Port) else held["_modules"].values()
-    return False
 
 
 @dataclass(frozen=True)

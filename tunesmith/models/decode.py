@@ -24,7 +24,7 @@ from tunesmith.models import blocks
 from tunesmith.models.copies import swap_of
 from tunesmith.models.cross_entropy import shaping_of
 from tunesmith.models.forms import NORMS, form_of, modules_at
-from tunesmith.models.ports import Port, attached_to
+from tunesmith.models.ports import Port, attached_to, is_watched
 from tunesmith.models.route import Route, Segments, current_route
 
 # rotary tables that depend on nothing but the position
@@ -286,14 +286,14 @@ class Product:
 
 def _pairs(module: Any, base: Any, decoder: Decoder) -> list[tuple[Tensor, Tensor] | None] | None:
     """Factors of each group at a map; None where something else than low-rank changes acts on it."""
-    if type(base) is not nn.Linear or base._forward_hooks or swap_of(base) is not None:
+    if type(base) is not nn.Linear or is_watched(base) or swap_of(base) is not None:
         return None
     if not base.weight.is_contiguous():
         return None
     found: list[tuple[Tensor, Tensor] | None] = []
     for names in decoder.groups:
         inserts = [insert for name in names for insert in (module.of(name) if isinstance(module, Port) else [])]
-        changes = [None if insert.rows is not None else insert.method.low_rank(insert) for insert in inserts]
+        changes = [insert.low_rank() for insert in inserts]
         if any(change is None for change in changes):
             return None
         dtype = base.weight.dtype

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tunesmith.core.context import holding
 from tunesmith.models.copies import swap_of
 from tunesmith.models.kept import KEY_BYTES, Kept
-from tunesmith.models.ports import Port
+from tunesmith.models.ports import Port, is_watched
 from tunesmith.models.shared import drops
 from tunesmith.models.targets import block_number, block_paths
 
@@ -255,7 +255,7 @@ def _changes(module: nn.Module) -> str:
         return "trains"
     if isinstance(module, Port) or swap_of(module) is not None:
         return "has an adapter"
-    if module._forward_hooks or module._forward_pre_hooks:
+    if is_watched(module):
         return "is listened to"
     return "drops out" if drops(module) else ""
 
