@@ -8,10 +8,12 @@ own. Whatever else stands at a place runs through its module. Which rows run, an
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from tunesmith.models.forms import NORMS, form_of, modules_at
 from tunesmith.models.ports import Port, attached_to, is_watched
 from tunesmith.models.route import Route, Segments, current_route
 
+log = logging.getLogger(__name__)
 # rotary tables that depend on nothing but the position
 _ROPES = {"default", "linear", "llama3", "yarn"}
 # weights are laid out anew for products of up to so many rows, once there have been so many of these: what it costs
@@ -40,7 +43,10 @@ def decoder_of(model: Any, route: Route | None) -> Decoder | None:
     form = form_of(model)
     if not on("paged") or form is None or not blocks.fits(model) or model.device.type != "cpu":
         return None
-    if type(model).__name__ != form.writer or not _is_steady(model.base_model):
+    if type(model).__name__ != form.writer:
+        return None
+    if not _is_steady(model.base_model):
+        _tell(type(model).__name__)
         return None
     attached = attached_to(model)
     acting = attached.settled(current_route() if route is None else route)
@@ -54,6 +60,11 @@ def _is_steady(base: Any) -> bool:
     kinds = getattr(base.rotary_emb, "rope_type", "default")
     ropes = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
     return ropes <= _ROPES and all(layer.self_attn.is_causal for layer in base.layers)
+
+
+@cache
+def _tell(name: str) -> None:
+    log.info("%s has positions or attention that pages do not hold: rows are written padded", name)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.core.context import holding
+from tunesmith.kernels.build import made_with
 from tunesmith.models.copies import swap_of
 from tunesmith.models.kept import KEY_BYTES, Kept
 from tunesmith.models.ports import Port, is_watched
@@ -160,7 +161,8 @@ class Trunk:
             return None
         facts = {
             "format": FORMAT, "model": self.fingerprint, "block": self.block, "phase": self.phase,
-            "torch": torch.__version__, "threads": torch.get_num_threads(), "device": first.device.type,
+            "torch": torch.__version__, "threads": torch.get_num_threads(), "kernels": made_with(),
+            "device": first.device.type,
         }  # fmt: skip
         first = first.cpu().contiguous()
         kept = Kept(self._path, self.budget, facts, first.shape[1], first.dtype)
