@@ -116,7 +116,7 @@ def traced(folder: str, method: Any, how: Any) -> Traced:
 
 @pytest.mark.parametrize("how", ["selective", Recompute(1, 1)], ids=str)
 @pytest.mark.parametrize("method", [LoRA(rank=2), Full()], ids=["lora", "full"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
 def test_a_real_step_holds_to_the_byte_what_its_trace_says(family: str, method: Any, how: Any, tmp_path: Path) -> None:
     """Kills: keeping what was made again until the end of the backward; a closure that holds what it is to make."""
     folder = saved_model(family, tmp_path)

@@ -102,6 +102,42 @@ def test_each_saving_alone_can_be_switched_off(saving: str, recompute: str, tmp_
     assert distance(found, exact) <= 2e-6
 
 
+_ROPE = {"rope_type": "default", "rope_theta": 100.0}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "a window in some layers": (
+        "qwen3",
+        {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6, "use_sliding_window": True},
+    ),
+    "biases": ("qwen3", {"attention_bias": True}),
+    "heads that are turned in part, a window": (
+        "phi3", {"rope_parameters": _ROPE | {"partial_rotary_factor": 0.5}, "sliding_window": 6}
+    ),
+    "no caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "another factor of scores": ("gemma2", {"query_pre_attn_scalar": 3}),
+    "bases far apart": (
+        "gemma3_text", {"rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE | {"rope_theta": 1e7}}}
+    ),
+    "a cap that attention does not ask for": ("gemma3_text", {"attn_logit_softcapping": 0.5}),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(library() is None, reason="fused blocks need the compiled kernels, and there is no C compiler here")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_a_config_says_of_a_family_is_done_in_fused_blocks(variant: str, tmp_path: Path) -> None:
+    """Kills: one rotary table for all layers; a window, a cap or a factor taken from somewhere else."""
+    family, changes = VARIANTS[variant]
+    loaded = model_of(family, tmp_path, **changes)
+    assert blocks.fits(loaded.model)
+    loss, found = learnt(loaded, "full")
+    with without(*SAVINGS):
+        exact_loss, exact = learnt(model_of(family, tmp_path, **changes), "full")
+        plain_loss, _ = learnt(model_of(family, tmp_path), "full")
+    assert loss == pytest.approx(exact_loss, rel=1e-6)
+    assert distance(found, exact) <= 2e-6
+    same = variant == "a cap that attention does not ask for"
+    assert (exact_loss == plain_loss) == same  # or the variant would show nothing
+
+
 @pytest.mark.skipif(library() is None, reason="fused blocks need the compiled kernels, and there is no C compiler here")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_like_families_run_through_fused_blocks(family: str, tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ DECODERS: dict[str, dict[str, Any]] = {
     "qwen3": _NARROW,
     "gemma": _NARROW,
     "gemma2": _NARROW | {"sliding_window": 5, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
-    "gemma3_text": _NARROW | {"sliding_window": 5, "final_logit_softcapping": 1.5},
+    "gemma3_text": _NARROW
+    | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5, "final_logit_softcapping": 1.5},
     "smollm3": _GROUPED,
     "granite": _GROUPED | {"logits_scaling": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.7},
     "olmo2": _GROUPED,

@@ -41,7 +41,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v -> [t
 def decoder_of(model: Any, route: Route | None) -> Decoder | None:
     """How a model writes here under a route; None where it does not."""
     form = form_of(model)
-    if not on("paged") or form is None or not blocks.fits(model) or model.device.type != "cpu":
+    if not on("paged") or not blocks.fits(model) or form is None or model.device.type != "cpu":
         return None
     if type(model).__name__ != form.writer:
         return None
