@@ -42,7 +42,8 @@ DECODERS: dict[str, dict[str, Any]] = {
     | {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4, "use_sliding_window": True},
     "qwen3": _NARROW,
     "gemma": _NARROW,
-    "gemma2": _NARROW | {"sliding_window": 5, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
+    "gemma2": _NARROW
+    | {"query_pre_attn_scalar": 6, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0, "sliding_window": 5},
     "gemma3_text": _NARROW
     | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5, "final_logit_softcapping": 1.5},
     "smollm3": _GROUPED,
