@@ -26,6 +26,17 @@ SMALL = {
         "vocab_size": 96,
         "tie_word_embeddings": True,
     },
+    "gemma3_text": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 9,
+        "vocab_size": 96,
+    },
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 64},
     "gpt_neox": {
         "hidden_size": 32,

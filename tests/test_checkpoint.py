@@ -240,4 +240,4 @@ def test_a_checkpoint_holds_weights_moments_state_and_no_pickle(tmp_path):
     assert set(load_file(folder / MOMENTS)) == {f"{k}/{n}" for n in tuned.parameters for k in ("first", "second")}
     manifest = json.loads((folder / MANIFEST).read_text())
     assert set(manifest["files"]) == {WEIGHTS, MOMENTS, STATE}
-    assert {"torch_version", "threads"} < set(manifest)
+    assert {"torch_version", "threads", "kernels"} < set(manifest)

@@ -16,7 +16,8 @@ from tunesmith.adapt.lora import LoRA
 from tunesmith.adapt.merge import merge, unmerge
 from tunesmith.adapt.store import load_adapter, save_adapter
 from tunesmith.core.errors import AdapterError, ConfigError
-from tunesmith.models.ports import ports, spread
+from tunesmith.models.inserts import spread
+from tunesmith.models.ports import ports
 from tunesmith.models.route import Route
 
 pytestmark = pytest.mark.filterwarnings("ignore")

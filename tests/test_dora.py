@@ -16,7 +16,8 @@ from tunesmith.adapt.adapter import Adapter
 from tunesmith.adapt.lora import LoRA
 from tunesmith.adapt.merge import merge, unmerge
 from tunesmith.adapt.store import load_adapter, save_adapter
-from tunesmith.models.ports import gathered, ports
+from tunesmith.models.inserts import gathered
+from tunesmith.models.ports import ports
 from tunesmith.models.route import BASE, Route
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -12,7 +12,8 @@ from tiny_models import DECODERS, ENCODERS, FAMILY_NAMES, UNKNOWN, roles_of, tin
 
 from tunesmith.core.errors import ConfigError
 from tunesmith.models.families import FAMILIES, GROUPS, family_of
-from tunesmith.models.ports import gathered, port_kind, spread
+from tunesmith.models.inserts import gathered, spread
+from tunesmith.models.ports import port_kind
 from tunesmith.models.targets import Rows, block_paths, check_targets, match, norm_paths, placed
 
 

@@ -256,7 +256,7 @@ def test_an_adapter_acts_while_its_route_writes_and_the_route_is_not_left_behind
 
 def test_a_frozen_head_is_multiplied_as_it_lies() -> None:
     """Kills: the last state taken by a slice, for which torch copies all of a frozen bfloat16 head at every prompt."""
-    loaded = tiny_loaded("qwen3", dtype=torch.bfloat16, vocab_size=1234)
+    loaded = tiny_loaded("olmo2", dtype=torch.bfloat16, vocab_size=1234)
     loaded.model.requires_grad_(False)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as seen:
         generate(loaded, BASE, [[5, 6, 7, 8]], max_new_tokens=2, stop_ids=set())

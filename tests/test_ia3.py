@@ -15,7 +15,7 @@ from tunesmith.adapt.ia3 import IA3
 from tunesmith.adapt.merge import merge, unmerge
 from tunesmith.adapt.store import TENSORS, load_adapter, save_adapter
 from tunesmith.core.errors import AdapterError, ConfigError
-from tunesmith.models.ports import gathered
+from tunesmith.models.inserts import gathered
 from tunesmith.models.route import BASE
 
 _BERT_DOWN = ["0.output.dense", "1.output.dense"]

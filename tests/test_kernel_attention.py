@@ -62,31 +62,35 @@ def errors(found: list[Tensor], wanted: list[Tensor]) -> list[float]:
 
 SHARED = ((0, 70, 0, 0, 0), (70, 100, 70, 0, 70), (100, 195, 100, 0, 70))
 APART = ((0, 70, 90, 3, 48), (80, 113, 10, 160, 195), (120, 180, 60, 3, 48))
-CASES: dict[str, tuple[Spans, tuple[int, int, int], bool, int]] = {
-    "documents of many lengths": (end_to_end(30, 1, 136, 64, 300, 33), (6, 2, 64), True, 0),
-    "seen from both sides": (end_to_end(30, 1, 136, 64, 97), (4, 4, 32), False, 0),
-    "odd width": (end_to_end(75, 40), (4, 2, 20), True, 0),
-    "wide heads": (end_to_end(75, 40), (2, 1, 256), True, 0),
-    "narrow window": (end_to_end(136, 5, 64), (4, 2, 16), True, 7),
-    "window over blocks": (end_to_end(500, 90), (2, 2, 16), True, 100),
-    "a beginning of several": (SHARED, (4, 2, 32), True, 0),
-    "a beginning of several, window": (SHARED, (4, 2, 32), True, 20),
-    "a beginning of several, both sides": (SHARED, (4, 2, 32), False, 0),
-    "keys elsewhere": (APART, (4, 1, 32), True, 0),
-    "a long document": (end_to_end(1300), (2, 1, 16), True, 0),
-    "a long document, window": (end_to_end(1300), (2, 1, 16), True, 200),
-    "a long document, both sides": (end_to_end(1100), (2, 1, 16), False, 0),
+CASES: dict[str, tuple[Spans, tuple[int, int, int], bool, int, float]] = {
+    "documents of many lengths": (end_to_end(30, 1, 136, 64, 300, 33), (6, 2, 64), True, 0, 0.0),
+    "seen from both sides": (end_to_end(30, 1, 136, 64, 97), (4, 4, 32), False, 0, 0.0),
+    "odd width": (end_to_end(75, 40), (4, 2, 20), True, 0, 0.0),
+    "wide heads": (end_to_end(75, 40), (2, 1, 256), True, 0, 0.0),
+    "narrow window": (end_to_end(136, 5, 64), (4, 2, 16), True, 7, 0.0),
+    "window over blocks": (end_to_end(500, 90), (2, 2, 16), True, 100, 0.0),
+    "a beginning of several": (SHARED, (4, 2, 32), True, 0, 0.0),
+    "a beginning of several, window": (SHARED, (4, 2, 32), True, 20, 0.0),
+    "a beginning of several, both sides": (SHARED, (4, 2, 32), False, 0, 0.0),
+    "keys elsewhere": (APART, (4, 1, 32), True, 0, 0.0),
+    "a long document": (end_to_end(1300), (2, 1, 16), True, 0, 0.0),
+    "a long document, window": (end_to_end(1300), (2, 1, 16), True, 200, 0.0),
+    "a long document, both sides": (end_to_end(1100), (2, 1, 16), False, 0, 0.0),
+    "capped": (end_to_end(30, 1, 136, 64, 97), (4, 2, 32), True, 0, 1.5),
+    "capped, window": (end_to_end(136, 5, 64), (4, 2, 16), True, 7, 1.5),
+    "capped, a long document": (end_to_end(1300), (2, 1, 16), True, 0, 1.5),
+    "capped, a beginning of several": (SHARED, (4, 2, 32), False, 0, 1.5),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_float32_attention_and_its_gradients_are_those_of_float64(case: str) -> None:
     """Kills: a mask one key off; a last block that is not cut; parts of a long document that overwrite each other;
-    gradients of a shared beginning that only its last document gives."""
-    spans, (heads, kv_heads, width), causal, window = CASES[case]
+    gradients of a shared beginning that only its last document gives; a cap before the scale, or without its slope."""
+    spans, (heads, kv_heads, width), causal, window, cap = CASES[case]
     rows = max(end for _, end, *_ in spans)
     inputs = drawn(rows, max(rows, 200), heads, kv_heads, width)
-    how = spans, causal, 0.2, window
+    how = spans, causal, 0.2, window, cap
     assert takes(*inputs[:3], 0.2)
     wanted = run(plain_attention, inputs, torch.float64, *how)
     for error in errors(run(attention, inputs, torch.float32, *how), wanted):
@@ -97,10 +101,10 @@ def test_float32_attention_and_its_gradients_are_those_of_float64(case: str) -> 
 def test_bfloat16_attention_and_its_gradients_are_rounded_once(case: str, tiles: bool) -> None:
     """Nearer to float64 than the plain twin in bfloat16, and as near as can be. Kills: on tiles, weights or gradients
     of scores without their rest, and deltas of a rounded result; in floats, numbers widened wrongly."""
-    spans, (heads, kv_heads, width), causal, window = CASES[case]
+    spans, (heads, kv_heads, width), causal, window, cap = CASES[case]
     rows = max(end for _, end, *_ in spans)
     inputs = drawn(rows, max(rows, 200), heads, kv_heads, width)
-    how = spans, causal, 0.2, window
+    how = spans, causal, 0.2, window, cap
     wanted = run(plain_attention, inputs, torch.float64, *how)
     found = errors(run(attention, inputs, torch.bfloat16, *how), wanted)
     twins = errors(run(plain_attention, inputs, torch.bfloat16, *how), wanted)

@@ -16,7 +16,8 @@ from tiny_models import IDS, answers, disturb, tiny_loaded
 from tunesmith.adapt.adapter import Adapter
 from tunesmith.adapt.lora import LoRA
 from tunesmith.core.errors import AdapterError, ConfigError
-from tunesmith.models.ports import gathered, ports
+from tunesmith.models.inserts import gathered
+from tunesmith.models.ports import ports
 
 ROOT = Path(__file__).parent.parent
 

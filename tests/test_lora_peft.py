@@ -11,7 +11,7 @@ from tiny_models import IDS, disturb, tiny_loaded, tiny_model
 
 from tunesmith.adapt.lora import LoRA
 from tunesmith.adapt.store import save_adapter
-from tunesmith.models.ports import gathered
+from tunesmith.models.inserts import gathered
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TARGETS = {"gpt2": ("q", "v", "up"), "llama": ("q", "v", "down"), "bert": ("k", "o", "up")}

@@ -35,17 +35,21 @@ def filled(
 
 @pytest.mark.parametrize(("heads", "kv", "width"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [0, 5, 40])
-def test_a_query_sees_the_tokens_of_its_row(heads: int, kv: int, width: int, dtype: torch.dtype, window: int) -> None:
-    """Kills: a window that is one off; a page of another row; what lies behind a row's last token."""
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (5, 0.0), (40, 0.0), (0, 0.7), (40, 0.7)])
+def test_a_query_sees_the_tokens_of_its_row(
+    heads: int, kv: int, width: int, dtype: torch.dtype, window: int, cap: float
+) -> None:
+    """Kills: a window that is one off; a page of another row; what lies behind a row's last token; a cap before the
+    scale."""
     pages, table, rows = filled(kv, width, dtype)
     seen = torch.tensor(COUNTS, dtype=torch.int32)
     q = torch.randn(len(COUNTS), heads, width, generator=torch.Generator().manual_seed(2)).to(dtype)
-    found, plain = (run(q, pages, table, seen, 0.3, window).double() for run in (attention, plain_attention))
+    found, plain = (run(q, pages, table, seen, 0.3, window, cap).double() for run in (attention, plain_attention))
     for row, (k, v) in enumerate(rows):
         last = window or len(k)
         k, v = (x[-last:].double().repeat_interleave(heads // kv, 1) for x in (k, v))
         scores = torch.einsum("hw,thw->ht", q[row].double(), k) * 0.3
+        scores = cap * torch.tanh(scores / cap) if cap else scores
         exact = torch.einsum("ht,thw->hw", torch.softmax(scores, -1), v)
         bound = 1e-6 * float(exact.norm()) if dtype == torch.float32 else 1.1 * float((plain[row] - exact).norm())
         assert float((found[row] - exact).norm()) <= bound + 1e-7

@@ -19,8 +19,8 @@ from tunesmith.adapt.prefix_layer import PrefixLayer
 from tunesmith.adapt.prompt import Prompt
 from tunesmith.adapt.store import load_adapter, save_adapter
 from tunesmith.core.errors import AdapterError
+from tunesmith.models.inserts import Keys
 from tunesmith.models.policy import Policy
-from tunesmith.models.ports import Keys
 from tunesmith.models.route import Route
 
 DOCUMENT = tiny_batch((9,))

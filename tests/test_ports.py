@@ -13,7 +13,8 @@ from tunesmith.adapt.adapter import Adapter
 from tunesmith.adapt.lora import LoRA
 from tunesmith.core.errors import AdapterError
 from tunesmith.models.families import family_of
-from tunesmith.models.ports import Insert, base_state, gathered, port_kind, ports
+from tunesmith.models.inserts import Insert, gathered
+from tunesmith.models.ports import base_state, port_kind, ports
 from tunesmith.models.recompute import recompute
 from tunesmith.models.route import BASE, Route, Segments, checkpoint_contexts, current_route, current_segments
 from tunesmith.models.targets import block_paths, match

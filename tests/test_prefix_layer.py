@@ -18,8 +18,8 @@ from tunesmith.core.errors import AdapterError, ConfigError
 from tunesmith.models.attention import attend
 from tunesmith.models.families import family_of
 from tunesmith.models.generate import generate, stream
+from tunesmith.models.inserts import Keys
 from tunesmith.models.policy import Policy
-from tunesmith.models.ports import Keys
 from tunesmith.models.prefixes import preceding
 from tunesmith.models.route import BASE, Route, Segments
 from tunesmith.models.soft import Holes

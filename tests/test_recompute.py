@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import CASES, built, model_of
+from conformance import CASES, IN_PLACE, built, model_of
 from plan_models import saved_model
 from tiny_models import disturb, tiny_batch
 from torch import Tensor
 
 from tunesmith.adapt.full import Full
 from tunesmith.adapt.lora import LoRA
+from tunesmith.adapt.method import Method
 from tunesmith.core.switches import SAVINGS, without
 from tunesmith.kernels.build import library
 from tunesmith.models.load import Loaded, load, meta
@@ -25,25 +26,29 @@ from tunesmith.plan.trace import Traced, measure, sample_batch, trace
 pytestmark = pytest.mark.slow
 
 BATCH = tiny_batch((37, 5, 21))
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "phi3", "opt", "gpt_neox", "bert", "t5")
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text",
+    "gpt2", "phi3", "opt", "gpt_neox", "bert", "t5",
+)  # fmt: skip
 HOWS = ("selective", "full", Recompute(1, 0), Recompute(0, 1), Recompute(1, 1))
 
 
-def learnt(loaded: Any, case: str, how: Any) -> dict[str, Tensor]:
-    """Gradients of a disturbed adapter, dropout on."""
-    adapter = built(case).attach(loaded, "a", 0)
-    if case not in ("full", "lp_ft"):
+def learnt(loaded: Any, method: Method, how: Any, seed: int = 3) -> dict[str, Tensor]:
+    """Gradients of a disturbed adapter in training, where dropout acts."""
+    adapter = method.attach(loaded, "a", 0)
+    if method.kind not in IN_PLACE:
         disturb(adapter)
     policy = Policy(loaded, Route(("a",)), recompute=how).train()
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     loss = policy.hidden(BATCH).square().sum() if loaded.family.kind == "encoder" else policy.token_losses(BATCH).sum()
     loss.backward()
     return {name: p.grad for name, p in adapter.parameters.items() if p.grad is not None}
 
 
-def check_same(family: str, case: str, folder: Path, how: Any, **changes: Any) -> None:
-    plain = learnt(model_of(family, folder, **changes), case, "none")
-    found = learnt(model_of(family, folder, **changes), case, how)
+def check_same(family: str, case: str | Method, folder: Path, how: Any, **changes: Any) -> None:
+    method = built(case) if isinstance(case, str) else case
+    plain = learnt(model_of(family, folder, **changes), method, "none")
+    found = learnt(model_of(family, folder, **changes), method, how)
     assert found.keys() == plain.keys()
     assert found
     for name, grad in plain.items():
@@ -70,6 +75,28 @@ def test_gradients_are_the_same_bits_in_bf16(family: str, case: str, how: str, t
     check_same(family, case, tmp_path, how, dtype=torch.bfloat16)
 
 
+DROPS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "of an adapter": ("llama", {"dropout": 0.4}, {}),
+    "of an adapter in a sandwich of norms": ("gemma2", {"dropout": 0.4}, {}),
+    "of attention": ("llama", {}, {"attention_dropout": 0.4}),
+    "of what sublayers answer": ("phi3", {"dropout": 0.4}, {"resid_pdrop": 0.3}),
+    "inside modules": ("gpt2", {"dropout": 0.4}, {"resid_pdrop": 0.3, "attn_pdrop": 0.2, "embd_pdrop": 0.1}),
+}
+
+
+@pytest.mark.parametrize("how", [*HOWS[:2], Recompute(1, 1)], ids=str)
+@pytest.mark.parametrize("drop", DROPS)
+def test_what_runs_again_drops_what_it_dropped(drop: str, how: Any, tmp_path: Path) -> None:
+    """Kills: a second run that draws numbers of its own."""
+    family, settings, changes = DROPS[drop]
+    method = LoRA(rank=2, targets=("q", "o", "up", "down"), **settings)
+    for off in ((), tuple(SAVINGS)):
+        with without(*off):
+            check_same(family, method, tmp_path, how, **changes)
+    first, other = (learnt(model_of(family, tmp_path, **changes), method, how, seed) for seed in (3, 4))
+    assert not torch.equal(*(torch.cat([grad.flatten() for grad in found.values()]) for found in (first, other)))
+
+
 @pytest.mark.parametrize("saving", SAVINGS)
 def test_gradients_are_the_same_bits_without_any_one_saving(saving: str, tmp_path: Path) -> None:
     """Kills: keeping the input of a product that nothing makes again."""
@@ -89,7 +116,7 @@ def traced(folder: str, method: Any, how: Any) -> Traced:
 
 @pytest.mark.parametrize("how", ["selective", Recompute(1, 1)], ids=str)
 @pytest.mark.parametrize("method", [LoRA(rank=2), Full()], ids=["lora", "full"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
 def test_a_real_step_holds_to_the_byte_what_its_trace_says(family: str, method: Any, how: Any, tmp_path: Path) -> None:
     """Kills: keeping what was made again until the end of the backward; a closure that holds what it is to make."""
     folder = saved_model(family, tmp_path)

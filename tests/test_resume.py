@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -18,7 +19,10 @@ import torch
 from tiny_training import TinyTuned, evaluation, lasting, rows, run, settings, stream
 
 from tunesmith.core.errors import CheckpointError, Stopped
+from tunesmith.core.switches import VARIABLE
 from tunesmith.data.pack import Cursor
+from tunesmith.kernels import build
+from tunesmith.train import checkpoint
 from tunesmith.train.section import PrecisionSection, StopSection
 
 SCRIPT = Path(__file__).with_name("tiny_training.py")
@@ -287,6 +291,37 @@ def test_another_torch_version_is_warned_about(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(torch, "__version__", "99.0.0")
     run(tmp_path, resume=True)
     assert "this is 99.0.0" in caplog.text
+
+
+def _warned(caplog):
+    return [record.getMessage() for record in caplog.records if "last bits" in record.getMessage()]
+
+
+@pytest.mark.parametrize("change", ["a switch", "no compiler", "none"])
+def test_other_kernels_are_warned_about_in_one_line(change, tmp_path, monkeypatch, caplog):
+    """Kills: a run that goes on with other bits and does not say so; a warning where nothing differs."""
+    before = build.made_with()
+    run(tmp_path)
+    if change == "a switch":
+        monkeypatch.setenv(VARIABLE, "attention,trim")
+    elif change == "no compiler":
+        monkeypatch.setattr(build, "library", lambda: None)
+    caplog.clear()
+    run(tmp_path, resume=True)
+    after = {"a switch": f"{before} without attention, trim", "no compiler": "no compiled kernels", "none": before}
+    told = f"the checkpoint was made with {before}, this is {after[change]}: results may differ in the last bits"
+    assert _warned(caplog) == ([told] if after[change] != before else [])
+
+
+def test_a_checkpoint_that_does_not_tell_its_kernels_is_resumed(tmp_path, caplog):
+    """Kills: checkpoints of before the kernels were told that cannot be read any more."""
+    run(tmp_path)
+    for path in (tmp_path / "checkpoints").glob("*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        del manifest["kernels"], manifest["seal"]
+        path.write_text(checkpoint._sealed(manifest))
+    run(tmp_path, resume=True)
+    assert _warned(caplog) == []
 
 
 def test_the_same_rows_are_seen_after_a_resume():

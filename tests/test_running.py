@@ -24,7 +24,7 @@ from tunesmith.models.sampling import Chooser
 
 pytestmark = pytest.mark.slow
 
-FAMILIES = ["llama", "mistral", "qwen2", "gemma"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"]
 PROMPTS = prompts_of((31, 2, PAGE, 40, 33, 1, 50, 9), seed=7)  # ends before, at and behind those of pages
 
 
@@ -44,6 +44,38 @@ def test_rows_cross_pages_and_make_room_for_others(family: str, monkeypatch: pyt
         with without("paged"):
             assert decoder_of(loaded.model, BASE) is None
             assert generate(loaded, BASE, PROMPTS, **settings) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_drawn_is_drawn_from_the_models_own_chances(family: str) -> None:
+    """Kills: logits that are not capped where the family caps them, which the likeliest token does not show."""
+    loaded: Any = tiny_loaded(family)
+    settings: dict[str, Any] = {"max_new_tokens": 20, "stop_ids": set(), "temperature": 0.5, "seed": 1}
+    found = generate(loaded, BASE, PROMPTS, **settings)
+    with without("paged"):
+        assert generate(loaded, BASE, PROMPTS, **settings) == found
+
+
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 48}
+UNSTEADY: dict[str, tuple[str, dict[str, Any]]] = {
+    "tables that depend on the longest row": (
+        "phi3",
+        {"rope_parameters": LONG_ROPE | {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+    ),
+    "attention that looks ahead": ("gemma3_text", {"use_bidirectional_attention": True}),
+}
+
+
+@pytest.mark.parametrize("case", UNSTEADY)
+def test_what_pages_do_not_hold_is_written_padded_and_told(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Kills: a table of the longest row used for all; keys that a later token would have changed."""
+    family, changes = UNSTEADY[case]
+    loaded: Any = tiny_loaded(family, **changes)
+    decode._tell.cache_clear()
+    with caplog.at_level("INFO"):
+        assert decoder_of(loaded.model, BASE) is None
+        assert decoder_of(loaded.model, BASE) is None
+    assert caplog.text.count("rows are written padded") == 1
 
 
 @pytest.mark.parametrize("length", [5, PAGE, PAGE + 9])

@@ -17,8 +17,8 @@ from tunesmith.core.errors import AdapterError, ConfigError, DataError
 from tunesmith.core.types import Batch
 from tunesmith.models.families import family_of
 from tunesmith.models.generate import generate, stream
+from tunesmith.models.inserts import SoftTokens
 from tunesmith.models.policy import Policy
-from tunesmith.models.ports import SoftTokens
 from tunesmith.models.route import BASE, Route
 
 BATCH = tiny_batch((7, 3, 9, 5))

@@ -42,8 +42,10 @@ DECODERS: dict[str, dict[str, Any]] = {
     | {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4, "use_sliding_window": True},
     "qwen3": _NARROW,
     "gemma": _NARROW,
-    "gemma2": _NARROW | {"sliding_window": 5, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
-    "gemma3_text": _NARROW | {"sliding_window": 5, "final_logit_softcapping": 1.5},
+    "gemma2": _NARROW
+    | {"query_pre_attn_scalar": 6, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0, "sliding_window": 5},
+    "gemma3_text": _NARROW
+    | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5, "final_logit_softcapping": 1.5},
     "smollm3": _GROUPED,
     "granite": _GROUPED | {"logits_scaling": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.7},
     "olmo2": _GROUPED,
@@ -119,6 +121,20 @@ def tiny_loaded(family: str = "llama", folder: Path | str = ".", **changes: Any)
     """A tiny model as the rest of the program gets it."""
     model = tiny_model(family, **changes)
     return TinyLoaded(model, Path(folder), f"tiny-{family}", family_of(model.config, model), "f" * 64, model.config)
+
+
+def with_exact_norms(loaded: TinyLoaded) -> TinyLoaded:
+    """The same with norms in the dtype of the model: in float64, transformers computes them in float32."""
+    for module in loaded.model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = _norm_of(module)
+    return loaded
+
+
+def _norm_of(norm: Any) -> Any:
+    eps = getattr(norm, "variance_epsilon", None) or norm.eps
+    offset = float("Gemma" in type(norm).__name__)
+    return lambda x: (norm.weight + offset) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
 def tiny_batch(lengths: tuple[int, ...] = (7, 3, 9), seed: int = 0, vocabulary: int = VOCABULARY) -> Batch:

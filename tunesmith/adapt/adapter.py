@@ -21,8 +21,9 @@ from tunesmith.models.route import BASE, Route
 if TYPE_CHECKING:
     from tunesmith.adapt.method import Method, Phase
     from tunesmith.models.heads import Head
+    from tunesmith.models.inserts import Insert
     from tunesmith.models.load import Loaded
-    from tunesmith.models.ports import Insert, Port
+    from tunesmith.models.ports import Port
     from tunesmith.models.targets import Target
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")

@@ -14,8 +14,8 @@ from tunesmith.adapt.method import Method
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from tunesmith.models.inserts import Insert
     from tunesmith.models.load import Loaded
-    from tunesmith.models.ports import Insert
     from tunesmith.models.targets import Target
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class BitFit(Method):
     def insert(self, model: nn.Module, target: Target, seed: int = 0) -> Insert:
         """What is added to a bias, zero."""
         from tunesmith.adapt.start import filled
-        from tunesmith.models.ports import Insert
+        from tunesmith.models.inserts import Insert
         from tunesmith.models.targets import output_features
 
         old = _bias(model, target)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from tunesmith.adapt.adapter import Adapter
+    from tunesmith.models.inserts import Insert
     from tunesmith.models.load import Loaded
-    from tunesmith.models.ports import Insert
     from tunesmith.models.targets import Target
 
 # style to the maps at whose outputs it stands

@@ -18,7 +18,8 @@ from tunesmith.adapt.adapter import Adapter
 from tunesmith.adapt.lora import LoRA
 from tunesmith.core.errors import AdapterError, ConfigError
 from tunesmith.models.copies import swaps
-from tunesmith.models.ports import Insert, Port, attached_to, ports
+from tunesmith.models.inserts import Insert
+from tunesmith.models.ports import Port, attached_to, ports
 from tunesmith.models.targets import Target, match
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.models.copies import swap_of
+from tunesmith.models.inserts import Insert, gathered
 from tunesmith.models.maps import base_matrix
-from tunesmith.models.ports import Insert, gathered, port_kind
+from tunesmith.models.ports import port_kind
 
 
 def base_lengths(module: nn.Module) -> Tensor:

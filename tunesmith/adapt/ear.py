@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tunesmith.core.errors import AdapterError
-from tunesmith.models.ports import Insert
+from tunesmith.models.inserts import Insert
 from tunesmith.models.route import Route, current_route
 
 

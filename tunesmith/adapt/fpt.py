@@ -15,8 +15,8 @@ from tunesmith.core.section import Names
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from tunesmith.models.inserts import Insert
     from tunesmith.models.load import Loaded
-    from tunesmith.models.ports import Insert
     from tunesmith.models.targets import Target
 
 
@@ -48,7 +48,7 @@ class FPT(Method):
     def insert(self, model: nn.Module, target: Target, seed: int = 0) -> Insert:
         """What is added to a norm's gain and bias, or to the weight of a layer, zero, of their shapes."""
         from tunesmith.adapt.start import filled
-        from tunesmith.models.ports import Insert
+        from tunesmith.models.inserts import Insert
 
         own = dict(model.get_submodule(target.path).named_parameters(recurse=False))
         names = ("weight", "bias") if target.role == "norm" else ("weight",)

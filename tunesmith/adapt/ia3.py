@@ -17,8 +17,8 @@ from tunesmith.core.section import Names
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from tunesmith.models.inserts import Insert
     from tunesmith.models.load import Loaded
-    from tunesmith.models.ports import Insert
     from tunesmith.models.targets import Target
 
 
@@ -53,7 +53,8 @@ class IA3(Method):
     def factors(self, model: nn.Module, target: Target, side: Literal["inputs", "outputs"]) -> Insert:
         """Factors of one for the features of a side: of inputs all, of outputs those of the role."""
         from tunesmith.adapt.start import filled
-        from tunesmith.models.ports import Insert, port_kind
+        from tunesmith.models.inserts import Insert
+        from tunesmith.models.ports import port_kind
         from tunesmith.models.targets import input_features, output_features
 
         module = model.get_submodule(target.path)
@@ -66,7 +67,7 @@ class IA3(Method):
 
     def delta(self, insert: Insert, x: Tensor, y: Tensor) -> Tensor:
         """y (l - 1), or W (x (l - 1)), in the dtype of y: [..., output features of the role]."""
-        from tunesmith.models.ports import gathered
+        from tunesmith.models.inserts import gathered
 
         # the difference from one first: bfloat16 has more digits for it than for l
         [(name, factors)] = insert.named_parameters()
@@ -77,7 +78,8 @@ class IA3(Method):
 
     def weight(self, insert: Insert) -> Tensor:
         """W with its columns or rows scaled, less W."""
-        from tunesmith.models.ports import gathered, port_kind
+        from tunesmith.models.inserts import gathered
+        from tunesmith.models.ports import port_kind
 
         [(name, factors)] = insert.named_parameters()
         base = insert.port.base

@@ -14,8 +14,8 @@ from tunesmith.core.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from tunesmith.models.inserts import Insert
     from tunesmith.models.load import Loaded
-    from tunesmith.models.ports import Insert
     from tunesmith.models.targets import Target
 
 
@@ -38,7 +38,7 @@ class LinearProbe(Method):
     def insert(self, model: nn.Module, target: Target, seed: int = 0) -> Insert:
         """What is added to the head's weight, zero: [vocabulary, width]."""
         from tunesmith.adapt.start import filled
-        from tunesmith.models.ports import Insert
+        from tunesmith.models.inserts import Insert
 
         sizes = model.get_submodule(target.path).weight.shape  # type: ignore[union-attr]
         return Insert(self, {"W": filled(model, target, *sizes)}, None, 1.0)  # type: ignore[misc]

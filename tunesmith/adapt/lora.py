@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from tunesmith.adapt.adapter import Adapter
     from tunesmith.kernels.lowrank import LowRank
+    from tunesmith.models.inserts import Insert
     from tunesmith.models.load import Loaded
-    from tunesmith.models.ports import Insert
     from tunesmith.models.targets import Target
 
 Rank = Annotated[int, Field(ge=1)]
@@ -131,7 +131,7 @@ class LoRA(Method):
         """
         from tunesmith.adapt import dora, pissa
         from tunesmith.adapt.start import filled, normal, uniform
-        from tunesmith.models.ports import Insert
+        from tunesmith.models.inserts import Insert
 
         module, rank = model.get_submodule(target.path), self.rank_at(target.role)
         inputs, outputs, is_embedding = _sizes(module, target)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tunesmith.core.errors import AdapterError
 from tunesmith.models.biases import add_biases
 from tunesmith.models.copies import settle
-from tunesmith.models.ports import Insert, Port, attached_to, gathered, port_kind, ports, spread
+from tunesmith.models.inserts import Insert, gathered, spread
+from tunesmith.models.ports import Port, attached_to, port_kind, ports
 
 if TYPE_CHECKING:
     from tunesmith.models.load import Loaded

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from tunesmith.adapt.adapter import Adapter
     from tunesmith.kernels.lowrank import LowRank
+    from tunesmith.models.inserts import Insert
     from tunesmith.models.load import Loaded
-    from tunesmith.models.ports import Insert
     from tunesmith.models.targets import Target
 
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tunesmith.adapt.adapter import Adapter
+    from tunesmith.models.inserts import Insert
     from tunesmith.models.load import Loaded
-    from tunesmith.models.ports import Insert
 
 # those that a test trains, saves and gives back to peft: layers that stand for a module of the model,
 LAYERS = (

@@ -22,14 +22,15 @@ from tunesmith.adapt.vectors import embedding_place
 from tunesmith.core.errors import AdapterError
 from tunesmith.core.rng import seed_for
 from tunesmith.models.copies import as_base, swap_of
-from tunesmith.models.ports import Insert, Keys, Port, SoftTokens
+from tunesmith.models.inserts import Insert, Keys, SoftTokens
+from tunesmith.models.ports import Port
 
 if TYPE_CHECKING:
     from tunesmith.adapt.adapter import Adapter
     from tunesmith.adapt.method import Method
     from tunesmith.adapt.peft_bridge import Peft
+    from tunesmith.models.inserts import Acts
     from tunesmith.models.load import Loaded
-    from tunesmith.models.ports import Acts
     from tunesmith.models.targets import Target
 
 _TASKS = {"decoder": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "FEATURE_EXTRACTION"}

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from tunesmith.adapt.ia3 import IA3
 from tunesmith.core.errors import AdapterError
+from tunesmith.models.inserts import Insert, gathered, spread
 from tunesmith.models.patterns import matching
-from tunesmith.models.ports import Insert, Port, gathered, port_kind, spread
+from tunesmith.models.ports import Port, port_kind
 from tunesmith.models.targets import Target, placed
 
 if TYPE_CHECKING:

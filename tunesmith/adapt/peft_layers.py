@@ -23,14 +23,15 @@ from tunesmith.adapt.peft_config import NAME, as_config_error, as_json, made, me
 from tunesmith.core.errors import AdapterError, ConfigError
 from tunesmith.core.rng import seed_for
 from tunesmith.models.copies import as_base, base_parameter, swap_of, swaps
-from tunesmith.models.ports import INSERTS, Insert, Port, port_kind, ports
+from tunesmith.models.inserts import Insert
+from tunesmith.models.ports import INSERTS, Port, port_kind, ports
 
 if TYPE_CHECKING:
     from tunesmith.adapt.adapter import Adapter
     from tunesmith.adapt.method import Method
     from tunesmith.adapt.peft_bridge import Peft
+    from tunesmith.models.inserts import Acts
     from tunesmith.models.load import Loaded
-    from tunesmith.models.ports import Acts
 
 # types that look at values to find shapes: on the meta device they get some of their own
 _LOOK = ("FROD", "SHIRA")

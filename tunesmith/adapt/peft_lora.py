@@ -30,7 +30,8 @@ from tunesmith.adapt.peft_names import (
 )
 from tunesmith.core.errors import AdapterError
 from tunesmith.models.copies import swap_of
-from tunesmith.models.ports import Insert, Port, gathered, port_kind, spread
+from tunesmith.models.inserts import Insert, gathered, spread
+from tunesmith.models.ports import Port, port_kind
 from tunesmith.models.targets import Target, placed
 
 if TYPE_CHECKING:

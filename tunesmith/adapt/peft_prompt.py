@@ -18,7 +18,7 @@ from tunesmith.adapt.prefix_start import attach_empty
 from tunesmith.adapt.prompt import Prompt
 from tunesmith.core.errors import AdapterError, ConfigError
 from tunesmith.models.families import setting
-from tunesmith.models.ports import Keys, SoftTokens
+from tunesmith.models.inserts import Keys, SoftTokens
 
 if TYPE_CHECKING:
     from tunesmith.adapt.adapter import Adapter

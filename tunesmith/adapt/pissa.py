@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.adapt.lora import low_rank
+from tunesmith.models.inserts import Insert
 from tunesmith.models.maps import base_matrix
-from tunesmith.models.ports import Insert
 
 
 def start(insert: Insert, module: nn.Module, is_blank: bool) -> None:

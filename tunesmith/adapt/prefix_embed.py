@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from tunesmith.models.inserts import Insert
     from tunesmith.models.load import Loaded
-    from tunesmith.models.ports import Insert
     from tunesmith.models.targets import Target
 
 
@@ -56,7 +56,7 @@ class PrefixEmbed(Method):
     def insert(self, model: nn.Module, target: Target, seed: int = 0) -> Insert:
         """The vectors: [prefix + infix, width]."""
         from tunesmith.adapt.vectors import drawn_words
-        from tunesmith.models.ports import SoftTokens
+        from tunesmith.models.inserts import SoftTokens
 
         vectors = drawn_words(model, target, self.prefix + self.infix, seed)
         return SoftTokens(self, vectors, self.prefix, self.infix)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from tunesmith.adapt.adapter import Adapter
     from tunesmith.models.families import Family
+    from tunesmith.models.inserts import Insert
     from tunesmith.models.load import Loaded
-    from tunesmith.models.ports import Insert
     from tunesmith.models.targets import Target
 
 
@@ -80,7 +80,7 @@ class PrefixLayer(Method):
         """Zeros [length, keys or values of a token], until words are read."""
         from tunesmith.adapt.prefix_start import features
         from tunesmith.adapt.start import filled
-        from tunesmith.models.ports import Keys
+        from tunesmith.models.inserts import Keys
 
         return Keys(self, {"vectors": filled(model, target, self.length, features(model, target))}, self.length)
 

@@ -17,8 +17,9 @@ from tunesmith.adapt.method import Method
 from tunesmith.adapt.start import filled, uniform
 from tunesmith.core.rng import torch_generator
 from tunesmith.models import attention
+from tunesmith.models.inserts import Insert, Keys
 from tunesmith.models.modes import evaluating
-from tunesmith.models.ports import Insert, Keys, Port
+from tunesmith.models.ports import Port
 from tunesmith.models.prefixes import held_keys
 from tunesmith.models.route import BASE
 from tunesmith.models.targets import Target, output_features

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.models.ports import Insert
+from tunesmith.models.inserts import Insert
 from tunesmith.models.targets import input_features, output_features
 
 if TYPE_CHECKING:
-    from tunesmith.models.ports import Acts
+    from tunesmith.models.inserts import Acts
 
 _SPREAD, _FIRST, _SECOND = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35  # odd numbers of MurmurHash3's last step
 

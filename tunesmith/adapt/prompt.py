@@ -60,7 +60,7 @@ class Prompt(Method):
         """
         from tunesmith.adapt.adapter import Adapter
         from tunesmith.adapt.vectors import embedding_place
-        from tunesmith.models.ports import SoftTokens
+        from tunesmith.models.inserts import SoftTokens
 
         target = embedding_place(loaded, self.kind)
         vectors = self._vectors(loaded, target, seed)

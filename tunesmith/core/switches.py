@@ -35,6 +35,11 @@ def on(name: str) -> bool:
     return name not in _off.get() and name not in _from_environment(os.environ.get(VARIABLE, ""))
 
 
+def off() -> list[str]:
+    """The savings that are not in use. Raises ConfigError as `on` does."""
+    return [name for name in SAVINGS if not on(name)]
+
+
 @contextmanager
 def without(*names: str) -> Iterator[None]:
     """Switches savings off within."""

@@ -25,7 +25,7 @@ typedef struct { /* attention.py has the same */
     float *lse; /* [heads, queries]: the logarithm to base 2 of the sum of 2^(score log2(e)) */
     const int32_t *spans;
     int64_t count, queries, keys, heads, kv_heads, width, window;
-    float scale;
+    float scale, cap; /* 0: scores are not capped */
     int32_t dtype, causal, threads, tiles;
 } Attention;
 
@@ -95,6 +95,16 @@ static void hide_block(const View *v, float *scores, long from, long block) {
     for (long r = 0; window && r < rows && own + r + window < from + SIDE; r++) {
         const long left = own + r + window - from;
         hide(scores + r * SIDE, left <= 0 ? ~0u : ~0u << left);
+    }
+}
+
+/* Scores s of a block to cap tanh(scale s / cap) / scale, and where they are wanted the slopes of that. */
+static void cap_block(const Attention *call, float *scores, float *bends) {
+    const float inner = call->scale / call->cap, outer = call->cap / call->scale;
+    for (long i = 0; i < BLOCK; i += LANES) {
+        const floats t = tanh_of(load(scores, i, LANES, 0) * inner);
+        store(scores, i, LANES, t * outer, 0);
+        if (bends) store(bends, i, LANES, 1.0f - t * t, 0);
     }
 }
 

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from tunesmith.core.switches import on
-from tunesmith.kernels.build import DTYPES, imitating, library, threads, usable, worked
+from tunesmith.kernels.build import DTYPES, Functions, imitating, threads, usable, worked
 
 Spans = tuple[tuple[int, int, int, int, int], ...]
 WIDEST = 256  # of a head
@@ -29,7 +29,14 @@ _TOLD = {1: MemoryError("no memory for attention"), 2: ValueError("spans leave t
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool = True, scale: float | None = None, window: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Spans,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int = 0,
+    cap: float = 0.0,
 ) -> Tensor:
     """Softmax of scaled products of queries and keys, times values, inside spans of packed rows.
 
@@ -40,6 +47,7 @@ def attention(
             be in two spans; keys may. What is in none gets zeros.
         scale: of the products; width ** -0.5 by default.
         window: a query sees itself and the `window - 1` own keys before it; 0 for all.
+        cap: scaled scores s become cap x tanh(s / cap) (Gemma 2, 2024, arXiv 2408.00118, section 2); 0 leaves them.
 
     Returns:
         [queries, heads, width], contiguous, differentiable once in q, k and v; the same for any number of threads.
@@ -51,8 +59,8 @@ def attention(
         raise ValueError("a window without causal attention")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not takes(q, k, v, scale):
-        return plain_attention(q, k, v, spans, causal, scale, window)
-    o: Tensor = _Attention.apply(q, k, v, spans, causal, scale, window)  # type: ignore[no-untyped-call]
+        return plain_attention(q, k, v, spans, causal, scale, window, cap)
+    o: Tensor = _Attention.apply(q, k, v, _How(spans, causal, scale, window, cap))  # type: ignore[no-untyped-call]
     return o
 
 
@@ -63,7 +71,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
 
 
 def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool, scale: float, window: int = 0
+    q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool, scale: float, window: int = 0, cap: float = 0.0
 ) -> Tensor:
     """The plain twin of `attention`: any dtype and device."""
     found = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -73,11 +81,36 @@ def plain_attention(
         ahead = at[:, None] - at[None]
         seen = (ahead >= 0) & (ahead < (window or end - start)) if causal else ahead == ahead
         seen = torch.cat([seen.new_ones(end - start, after - first), seen], 1)
-        part = scaled_dot_product_attention(
-            q[start:end].transpose(0, 1)[None], keys, values, seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        queries = q[start:end].transpose(0, 1)[None]
+        if cap:
+            part = capped(queries, keys, values, seen, scale, cap)
+        else:
+            part = scaled_dot_product_attention(
+                queries, keys, values, seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
         found = found.index_put((torch.arange(start, end, device=q.device),), part[0].transpose(0, 1))
     return found
+
+
+def capped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, cap: float, dropout: float = 0.0
+) -> Tensor:
+    """Attention with capped scores, written out: no kernel of torch caps them.
+
+    Args:
+        query: [batch, heads, queries, width]; key, value: [batch, kv heads, keys, width].
+        mask: true where a query may look, or what is added to scores; [..., queries, keys].
+    """
+    times = query.shape[1] // key.shape[1]
+    if times > 1:
+        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    scores = query @ key.transpose(2, 3) * scale
+    scores = cap * torch.tanh(scores / cap)
+    if mask is not None:
+        low = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, low) if mask.dtype == torch.bool else scores + mask
+    weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    return torch.nn.functional.dropout(weights, dropout) @ value
 
 
 def on_gpu(q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool, scale: float, window: int) -> Tensor | None:
@@ -123,14 +156,12 @@ def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool, scale: float, window: int
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: _How) -> Tensor:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         o, lse = q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-        ctx.how = _How(spans, causal, scale, window)
+        ctx.how = how
         ctx.save_for_backward(q, k, v, lse)
-        _run("ts_attention", 2, ctx.how, lse, q=q, k=k, v=v, o=o)
+        _run(kernels.ts_attention, 2, how, lse, q=q, k=k, v=v, o=o)
         return o
 
     @staticmethod
@@ -139,8 +170,8 @@ class _Attention(torch.autograd.Function):
         q, k, v, lse = ctx.saved_tensors
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        _run("ts_attention_backward", 5, ctx.how, lse, q=q, k=k, v=v, grad=grad, dq=dq, dk=dk, dv=dv)
-        return dq, dk, dv, None, None, None, None
+        _run(kernels.ts_attention_backward, 5, ctx.how, lse, q=q, k=k, v=v, grad=grad, dq=dq, dk=dk, dv=dv)
+        return dq, dk, dv, None
 
 
 @dataclass(frozen=True)
@@ -149,6 +180,7 @@ class _How:
     causal: bool
     scale: float
     window: int
+    cap: float
 
 
 class _Rows(ctypes.Structure):
@@ -162,12 +194,12 @@ class _Call(ctypes.Structure):
         *((name, _Rows) for name in ("q", "k", "v", "o", "grad", "dq", "dk", "dv")),
         *((name, ctypes.c_void_p) for name in ("lse", "spans")),
         *((name, ctypes.c_int64) for name in ("count", "queries", "keys", "heads", "kv_heads", "width", "window")),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("scale", "cap")),
         *((name, ctypes.c_int32) for name in ("dtype", "causal", "threads", "tiles")),
     ]
 
 
-def _run(name: str, products: int, how: _How, lse: Tensor, **tensors: Tensor) -> None:
+def _run(function: Callable[..., int], products: int, how: _How, lse: Tensor, **tensors: Tensor) -> None:
     (queries, heads, width), (keys, kv_heads, _) = tensors["q"].shape, tensors["k"].shape
     squares = sum((end - start) * (end - start + after - first) for start, end, _, first, after in how.spans)
     worked(2 * products * heads * width * squares)  # whole squares, as torch counts its own attention
@@ -177,10 +209,10 @@ def _run(name: str, products: int, how: _How, lse: Tensor, **tensors: Tensor) ->
     call = _Call(
         **{key: _Rows(x.data_ptr(), x.stride(0), x.stride(1)) for key, x in tensors.items()},
         lse=lse.data_ptr(), spans=ctypes.addressof(numbers), count=len(how.spans), queries=queries, keys=keys,
-        heads=heads, kv_heads=kv_heads, width=width, window=how.window, scale=how.scale, causal=how.causal,
+        heads=heads, kv_heads=kv_heads, width=width, window=how.window, scale=how.scale, cap=how.cap, causal=how.causal,
         dtype=DTYPES[tensors["q"].dtype], threads=threads(), tiles=TILES,
     )  # fmt: skip
-    code = _function(name)(ctypes.byref(call))
+    code = function(ctypes.addressof(call))
     if code:
         raise _TOLD[code]
 
@@ -190,10 +222,4 @@ def _numbers(spans: Spans) -> ctypes.Array[ctypes.c_int32]:
     return (ctypes.c_int32 * (5 * len(spans)))(*(number for span in spans for number in span))
 
 
-@cache
-def _function(name: str) -> Any:
-    found = library()
-    assert found is not None  # `usable` was asked before
-    function = getattr(found, name)
-    function.argtypes, function.restype = [ctypes.POINTER(_Call)], ctypes.c_int
-    return function
+kernels = Functions(ts_attention="p", ts_attention_backward="p")

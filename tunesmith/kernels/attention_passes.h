@@ -16,7 +16,7 @@ typedef struct {
 
 typedef struct {
     E *keys, *values, *keys_turned, *query, *grad, *query_rows, *grad_rows, *weights, *slopes_left, *slopes_right;
-    float *key_sums, *value_sums, *scores, *slopes, *sums, *spare, *logs, *totals, *deltas;
+    float *key_sums, *value_sums, *scores, *slopes, *bends, *sums, *spare, *logs, *totals, *deltas;
 } ON(Backward);
 
 static size_t ON(forward_bytes)(const View *v) {
@@ -41,6 +41,7 @@ static void ON(forward_block)(const View *v, long head, long from, const ON(Forw
             for (long b = 0; b < blocks; b++) {
                 float *scores = f->scores + b * BLOCK;
                 ON(scores)(scores, f->keys + (block + b) * SIDE * wide, f->query, v);
+                if (call->cap > 0) cap_block(call, scores, 0);
                 hide_block(v, scores, from, block + b);
                 for (long r = 0; r < SIDE; r++)
                     for (int h = 0; h < 2; h++)
@@ -113,7 +114,8 @@ static int ON(forward)(const View *v) {
 static size_t ON(backward_bytes)(const View *v) {
     const long keys = v->blocks * SIDE * v->wide, some = v->queries * SIDE * v->wide;
     return sizeof(E) * (3 * keys + 4 * some + (4 * v->queries + 2 * v->queries * v->blocks) * BLOCK) +
-           4 * (2 * keys + 2 * v->queries * v->blocks * BLOCK + 2 * SIDE * v->wide + 3 * v->queries * SIDE) + 2048;
+           4 * (2 * keys + (v->call->cap > 0 ? 3 : 2) * v->queries * v->blocks * BLOCK + 2 * SIDE * v->wide +
+                3 * v->queries * SIDE) + 2048;
 }
 
 /* What the backward needs of `count` blocks of queries of one head: as operands on both sides, with lse and delta. */
@@ -171,6 +173,7 @@ static void ON(put)(const View *v, const ON(Backward) *b, long query, long block
                 const long place = (r + odd) * SIDE + h * LANES;
                 p[odd][h] = load(weights, place, LANES, 0) * share[h];
                 d[odd][h] = p[odd][h] * (load(slopes, place, LANES, 0) - less[h]);
+                if (b->bends) d[odd][h] *= load(b->bends, at * BLOCK + place, LANES, 0);
             }
         ON(put_left)(left, left + apart, r, p);
         ON(put_both)(slopes_left, slopes_left + apart, right, right + apart * v->blocks, r, d);
@@ -187,6 +190,7 @@ static void ON(backward_some)(const View *v, long head, long from, long count, c
             float *scores = b->scores + (i * v->blocks + block) * BLOCK;
             float *slopes = b->slopes + (i * v->blocks + block) * BLOCK;
             ON(scores)(scores, b->keys + block * keys, b->query + i * keys, v);
+            if (b->bends) cap_block(call, scores, b->bends + (i * v->blocks + block) * BLOCK);
             ON(scores)(slopes, b->values + block * keys, b->grad + i * keys, v);
             hide_block(v, scores, from + i * SIDE, block);
             ON(weigh)(v, b, i, block);
@@ -243,6 +247,7 @@ static int ON(backward)(const View *v) {
     b.value_sums = TAKE(at, float, keys);
     b.scores = TAKE(at, float, v->queries * v->blocks * BLOCK);
     b.slopes = TAKE(at, float, v->queries * v->blocks * BLOCK);
+    b.bends = call->cap > 0 ? TAKE(at, float, v->queries * v->blocks * BLOCK) : NULL;
     b.sums = TAKE(at, float, SIDE *wide);
     b.spare = TAKE(at, float, SIDE *wide);
     b.logs = TAKE(at, float, step);

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tunesmith.core.context import holding
 from tunesmith.core.files import cache_folder
+from tunesmith.core.switches import off
 
 log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
@@ -50,6 +51,16 @@ def library() -> ctypes.CDLL | None:
         told = getattr(error, "stderr", b"") or str(error).encode()
         log.warning("the fused kernels did not compile, training is slower: %s", told.decode(errors="replace")[-300:])
         return None
+
+
+def made_with() -> str:
+    """What the last bits of results depend on here, to be compared and shown: the kernels, and what is switched off.
+
+    Another compiler, processor, torch or version of the kernels makes other kernels.
+    """
+    held, switched_off = library(), off()
+    kernels = "no compiled kernels" if held is None else f"kernels {Path(held._name).stem}"
+    return kernels + (f" without {', '.join(switched_off)}" if switched_off else "")
 
 
 def usable(*tensors: Tensor | None) -> bool:

@@ -78,6 +78,41 @@ void ts_rms_norm_back(const void *dy, const void *x, const void *weight, const f
     }
 }
 
+/* Rows of `heads`, then `kv_heads` of keys, then as many of values, of `width` each: every head of q and of k normed by
+   itself, values copied. y may be x. inverse: [rows, heads + kv_heads]. */
+void ts_norm_heads(const void *x, const void *q_weight, const void *k_weight, void *y, float *inverse, long rows,
+                   long heads, long kv_heads, long width, float eps, float offset, int dtype, int weight_dtype,
+                   int threads) {
+    const long normed = heads + kv_heads, total = (normed + kv_heads) * width;
+    ROWS for (long row = 0; row < rows; row++) {
+        for (long h = 0; h < normed; h++) {
+            const long at = row * total + h * width;
+            BY_DTYPES(inverse[row * normed + h] = norm_row(row_of(x, at, D), 0, h < heads ? q_weight : k_weight, 0,
+                                                           row_of(y, at, D), width, eps, offset, D, W));
+        }
+        const long at = row * total + normed * width;
+        if (x != y) memcpy(row_of(y, at, dtype), row_of(x, at, dtype), kv_heads * width * (dtype ? 2 : 4));
+    }
+}
+
+/* dweights: null, or [blocks, 2, width] zeros, of q and of k, as in ts_rms_norm_back. */
+void ts_norm_heads_back(const void *dy, const void *x, const void *q_weight, const void *k_weight,
+                        const float *inverse, void *dx, float *dweights, long blocks, long rows, long heads,
+                        long kv_heads, long width, float offset, int dtype, int weight_dtype, int threads) {
+    const long normed = heads + kv_heads, total = (normed + kv_heads) * width;
+    ROWS for (long block = 0; block < blocks; block++)
+        for (long row = rows * block / blocks; row < rows * (block + 1) / blocks; row++) {
+            for (long h = 0; h < normed; h++) {
+                const long at = row * total + h * width;
+                float *sums = dweights ? dweights + (2 * block + (h >= heads)) * width : 0;
+                BY_DTYPES(norm_back_row(row_of(dy, at, D), row_of(x, at, D), h < heads ? q_weight : k_weight,
+                                        inverse[row * normed + h], 0, row_of(dx, at, D), sums, width, offset, D, W));
+            }
+            const long at = row * total + normed * width;
+            memcpy(row_of(dx, at, dtype), row_of(dy, at, dtype), kv_heads * width * (dtype ? 2 : 4));
+        }
+}
+
 /* Heads turned: first half a, second half b of the first `turned` columns of each; what is beyond is copied. */
 INLINE void turn(const char *from, char *to, long heads, const char *cosines, const char *sines, long turned,
                  long width, const int back, const int dtype, const int table_dtype) {

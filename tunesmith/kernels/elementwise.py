@@ -56,6 +56,30 @@ def plain_add_rms_norm(x: Tensor, r: Tensor, weight: Tensor, eps: float, offset:
     return total, plain_rms_norm(total, weight, eps, offset)
 
 
+def norm_heads(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, kv_heads: int, eps: float, offset: float = 0.0
+) -> Tensor:
+    """`rms_norm` of each head of queries and keys, and values as they are (Qwen3 2025, arXiv 2505.09388, section 2).
+
+    Args:
+        qkv: [tokens, (heads + 2 kv_heads) * width], as in `split_rope`; the backward keeps it, and a float a head.
+        q_weight, k_weight: [width], of one dtype.
+    """
+    if not (_ours(qkv, q_weight, k_weight) and q_weight.dtype == k_weight.dtype):
+        return plain_norm_heads(qkv, q_weight, k_weight, heads, kv_heads, eps, offset)
+    y: Tensor = _run(_NormHeads, qkv, q_weight, k_weight, heads, kv_heads, eps, offset)
+    return y
+
+
+def plain_norm_heads(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, kv_heads: int, eps: float, offset: float = 0.0
+) -> Tensor:
+    """The plain twin of `norm_heads`."""
+    q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], 1)
+    q, k = plain_rms_norm(q, q_weight, eps, offset), plain_rms_norm(k, k_weight, eps, offset)
+    return torch.cat([q, k, v], 1).flatten(1)
+
+
 def split_rope(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys turned by their positions, and values, out of one product.
 
@@ -134,7 +158,7 @@ def cross_entropy_(
         raise IndexError(f"targets must be in [0, {width})")
     losses = torch.empty(rows, dtype=torch.float32)
     powers = torch.empty(threads(), width)
-    _kernels().ts_cross_entropy(
+    kernels.ts_cross_entropy(
         pointer(logits), pointer(targets.contiguous()), pointer(losses), pointer(powers),
         rows, width, scale, cap or 0.0, gradient, DTYPES[logits.dtype], threads(),
     )  # fmt: skip
@@ -223,7 +247,7 @@ def _norm(
     """The normed rows, and 1 / rms of each in float32; `total` becomes x + r where there is an r."""
     y, width = torch.empty_like(x), x.shape[-1]
     inverse = torch.empty(x.shape[:-1], dtype=torch.float32)
-    _kernels().ts_rms_norm(
+    kernels.ts_rms_norm(
         pointer(x), pointer(r), pointer(weight), pointer(total), pointer(y), pointer(inverse),
         inverse.numel(), width, eps, offset, DTYPES[x.dtype], DTYPES[weight.dtype], threads(),
     )  # fmt: skip
@@ -237,11 +261,41 @@ def _norm_back(
     dy, dtotal = dy.contiguous(), None if dtotal is None else dtotal.contiguous()
     dx, width = torch.empty_like(x), x.shape[-1]
     sums = torch.zeros(BLOCKS, width) if trained else None
-    _kernels().ts_rms_norm_back(
+    kernels.ts_rms_norm_back(
         pointer(dy), pointer(x), pointer(weight), pointer(inverse), pointer(dtotal), pointer(dx), pointer(sums),
         BLOCKS, inverse.numel(), width, offset, DTYPES[x.dtype], DTYPES[weight.dtype], threads(),
     )  # fmt: skip
     return dx, None if sums is None else sums.sum(0).to(weight.dtype)
+
+
+class _NormHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, kv_heads: int, eps: float, offset: float
+    ) -> Tensor:
+        qkv, q_weight, k_weight = qkv.contiguous(), q_weight.contiguous(), k_weight.contiguous()
+        y, inverse = torch.empty_like(qkv), torch.empty(len(qkv), heads + kv_heads, dtype=torch.float32)
+        kernels.ts_norm_heads(
+            pointer(qkv), pointer(q_weight), pointer(k_weight), pointer(y), pointer(inverse),
+            len(qkv), heads, kv_heads, len(q_weight), eps, offset, DTYPES[qkv.dtype], DTYPES[q_weight.dtype], threads(),
+        )  # fmt: skip
+        ctx.save_for_backward(qkv, q_weight, k_weight, inverse)
+        ctx.heads, ctx.offset = (heads, kv_heads), offset
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (qkv, q_weight, k_weight, inverse), dy = ctx.saved_tensors, dy.contiguous()
+        dx, width = torch.empty_like(qkv), len(q_weight)
+        sums = torch.zeros(BLOCKS, 2, width) if any(ctx.needs_input_grad[1:3]) else None
+        kernels.ts_norm_heads_back(
+            pointer(dy), pointer(qkv), pointer(q_weight), pointer(k_weight), pointer(inverse), pointer(dx),
+            pointer(sums), BLOCKS, len(qkv), *ctx.heads, width, ctx.offset, DTYPES[qkv.dtype], DTYPES[q_weight.dtype],
+            threads(),
+        )  # fmt: skip
+        found = (None, None) if sums is None else sums.sum(0).to(q_weight.dtype)
+        return dx, found[0], found[1], None, None, None, None
 
 
 class _Rope(torch.autograd.Function):
@@ -269,7 +323,7 @@ class _Rope(torch.autograd.Function):
 
 def _rope(joined: Tensor, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, v: Tensor, back: int) -> None:
     rows, heads, width = q.shape
-    _kernels().ts_split_rope(
+    kernels.ts_split_rope(
         pointer(joined), pointer(cos), pointer(sin), pointer(q), pointer(k), pointer(v),
         rows, heads, k.shape[1], width, cos.shape[1], back, DTYPES[q.dtype], DTYPES[cos.dtype], threads(),
     )  # fmt: skip
@@ -282,7 +336,7 @@ class _Gated(torch.autograd.Function):
         width = gu.shape[-1] // 2
         y = gu.new_empty(*gu.shape[:-1], width)
         rows = y.numel() // max(width, 1)
-        _kernels().ts_gated(pointer(gu), pointer(y), rows, width, kind, DTYPES[gu.dtype], threads())
+        kernels.ts_gated(pointer(gu), pointer(y), rows, width, kind, DTYPES[gu.dtype], threads())
         ctx.save_for_backward(gu)
         ctx.kind = kind
         return y
@@ -293,22 +347,19 @@ class _Gated(torch.autograd.Function):
         (gu,), dy = ctx.saved_tensors, dy.contiguous()
         dgu, width = torch.empty_like(gu), dy.shape[-1]
         rows = dy.numel() // max(width, 1)
-        _kernels().ts_gated_back(
+        kernels.ts_gated_back(
             pointer(dy), pointer(gu), pointer(dgu), rows, width, ctx.kind, DTYPES[gu.dtype], threads()
         )
         return dgu, None
 
 
-def _kernels() -> Functions:
-    return _FUNCTIONS
-
-
-_TAKEN = {
-    "ts_rms_norm": "pppppp" "ll" "ff" "iii",
-    "ts_rms_norm_back": "ppppppp" "lll" "f" "iii",
-    "ts_split_rope": "pppppp" "lllll" "i" "iii",
-    "ts_gated": "pp" "ll" "i" "ii",
-    "ts_gated_back": "ppp" "ll" "i" "ii",
-    "ts_cross_entropy": "pppp" "ll" "ff" "iii",
-}  # fmt: skip
-_FUNCTIONS = Functions(**_TAKEN)
+kernels = Functions(
+    ts_rms_norm="pppppp" "ll" "ff" "iii",
+    ts_rms_norm_back="ppppppp" "lll" "f" "iii",
+    ts_norm_heads="ppppp" "llll" "ff" "iii",
+    ts_norm_heads_back="ppppppp" "lllll" "f" "iii",
+    ts_split_rope="pppppp" "lllll" "i" "iii",
+    ts_gated="pp" "ll" "i" "ii",
+    ts_gated_back="ppp" "ll" "i" "ii",
+    ts_cross_entropy="pppp" "ll" "ff" "iii",
+)  # fmt: skip

@@ -16,6 +16,7 @@ typedef struct {
     const char *keys, *values;
     const int32_t *table; /* page numbers of the row */
     long head, kv, width, page, first, seen;
+    float cap; /* of scores; 0 for none */
 } Row;
 
 static const char *key_block(const Row *r, long token, int dtype) {
@@ -54,6 +55,8 @@ INLINE void score(const Row *r, const float *q, float *scores, long room, float 
                 sums[h][1] += one * high;
             }
         }
+        for (int h = 0; h < heads && r->cap > 0; h++)
+            for (int half = 0; half < 2; half++) sums[h][half] = r->cap * tanh_of(sums[h][half] / r->cap);
         for (int half = 0; half < 2; half++) {
             const long start = token + half * LANES;
             const ints at = counted + (int32_t)start;
@@ -125,13 +128,13 @@ INLINE void by_heads(const Row *r, const char *q, char *out, float *spare, long 
    (longest rounded up to 32 + width)]. */
 void ts_paged_attention(const void *q, const void *keys, const void *values, const int32_t *table, const int32_t *seen,
                         void *out, float *spare, long rows, long kv, long group, long width, long page, long pages,
-                        long window, long longest, float scale, int dtype, int threads) {
+                        long window, long longest, float scale, float cap, int dtype, int threads) {
     const long room = (longest + PAIR - 1) / PAIR * PAIR;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long item = 0; item < rows * kv; item++) {
         const long row = item / kv, at = item * group * width * SIZE(dtype);
         const long first = window > 0 && seen[row] > window ? seen[row] - window : 0;
-        const Row r = {keys, values, table + row * pages, item % kv, kv, width, page, first, seen[row]};
+        const Row r = {keys, values, table + row * pages, item % kv, kv, width, page, first, seen[row], cap};
         float *mine = spare + omp_get_thread_num() * TOGETHER * (room + width);
         if (dtype) by_heads(&r, (const char *)q + at, (char *)out + at, mine, room, scale, group, 1);
         else by_heads(&r, (const char *)q + at, (char *)out + at, mine, room, scale, group, 0);

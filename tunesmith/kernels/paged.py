@@ -70,7 +70,9 @@ def plain_keep(pages: Pages, k: Tensor, v: Tensor, places: Tensor) -> None:
     pages.values[page, :, token] = v
 
 
-def attention(q: Tensor, pages: Pages, table: Tensor, seen: Tensor, scale: float, window: int = 0) -> Tensor:
+def attention(
+    q: Tensor, pages: Pages, table: Tensor, seen: Tensor, scale: float, window: int = 0, cap: float = 0.0
+) -> Tensor:
     """What one query a row makes of the row's tokens, its own the last: [rows, heads, width].
 
     Args:
@@ -79,21 +81,24 @@ def attention(q: Tensor, pages: Pages, table: Tensor, seen: Tensor, scale: float
         seen: int32 [rows]: tokens of each.
         scale: of the scores.
         window: a query sees so many tokens at most, its own with them; 0 for all.
+        cap: scaled scores s become cap x tanh(s / cap); 0 leaves them.
     """
     if not usable(pages.keys, q):
-        return plain_attention(q, pages, table, seen, scale, window)
+        return plain_attention(q, pages, table, seen, scale, window, cap)
     q = q.contiguous()
     found, kv, longest = torch.empty_like(q), pages.values.shape[1], table.shape[1] * PAGE
     spare = torch.empty(threads() * TOGETHER * (longest + q.shape[2]))
     kernels.ts_paged_attention(
         pointer(q), pointer(pages.keys), pointer(pages.values), pointer(table), pointer(seen), pointer(found),
         pointer(spare), q.shape[0], kv, q.shape[1] // kv, q.shape[2], PAGE, table.shape[1], window, longest, scale,
-        DTYPES[q.dtype], threads(),
+        cap, DTYPES[q.dtype], threads(),
     )  # fmt: skip
     return found
 
 
-def plain_attention(q: Tensor, pages: Pages, table: Tensor, seen: Tensor, scale: float, window: int = 0) -> Tensor:
+def plain_attention(
+    q: Tensor, pages: Pages, table: Tensor, seen: Tensor, scale: float, window: int = 0, cap: float = 0.0
+) -> Tensor:
     """The plain twin of `attention`."""
     found = torch.empty_like(q)
     for row, count in enumerate(seen.tolist()):
@@ -103,11 +108,12 @@ def plain_attention(q: Tensor, pages: Pages, table: Tensor, seen: Tensor, scale:
         v = pages.values[held].transpose(0, 1).flatten(1, 2)[:, first:count]
         one = q[row].unflatten(0, (len(k), -1))
         scores = (one.float() * scale) @ k.float().transpose(1, 2)
+        scores = cap * torch.tanh(scores / cap) if cap else scores
         found[row] = (torch.softmax(scores, -1) @ v.float()).flatten(0, 1).to(q.dtype)
     return found
 
 
 kernels = Functions(
     ts_paged_keep="ppppp" "llll" "ii",
-    ts_paged_attention="ppppppp" "llllllll" "f" "ii",
+    ts_paged_attention="ppppppp" "llllllll" "ff" "ii",
 )  # fmt: skip

@@ -7,17 +7,15 @@ asked for the twins run. Switched off with the saving "products".
 
 from __future__ import annotations
 
-import ctypes
 from array import array
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tunesmith.core.switches import on
-from tunesmith.kernels.build import imitating, library, threads, usable, worked
+from tunesmith.kernels.build import Functions, imitating, library, threads, usable, worked
 
 Weights = Tensor | Sequence[Tensor]
 
@@ -205,7 +203,7 @@ def _product(
     bias = None if bias is None else bias.contiguous()
     ends = array("q", (0 if bias is None else bias.data_ptr(), out.data_ptr(), threads()))
     call = array("q", (by_columns, m, n)) + pairs + ends + pieces
-    failed: int = _library().ts_product(call.buffer_info()[0])
+    failed = kernels.ts_product(call.buffer_info()[0])
     return not failed
 
 
@@ -218,7 +216,7 @@ def _gradient(a: Tensor, b: Tensor, out: Tensor, add: bool, scale: float) -> boo
         return True
     turned = a.shape[1] > b.shape[1]
     a, b = (_rows(b), _rows(a)) if turned else (_rows(a), _rows(b))
-    failed: int = _library().ts_gradient(
+    failed = kernels.ts_gradient(
         a.shape[0], a.shape[1], b.shape[1], a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0),
         out.data_ptr(), out.stride(0), turned, add, scale, threads(),
     )  # fmt: skip
@@ -261,11 +259,4 @@ def _has_tiles() -> bool:
     return held is not None and bool(held.ts_has_tiles())
 
 
-@cache
-def _library() -> Any:
-    held = library()
-    assert held is not None  # `usable` was asked before
-    kinds = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
-    for name, letters in (("ts_product", "p"), ("ts_gradient", "lllplplpliifi")):
-        getattr(held, name).argtypes = [kinds[letter] for letter in letters]
-    return held
+kernels = Functions(ts_product="p", ts_gradient="lllplplpliifi")

@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tunesmith.core.errors import ModelError
-from tunesmith.kernels.attention import Spans, attention, on_gpu, takes
+from tunesmith.kernels.attention import Spans, attention, capped, on_gpu, takes
 from tunesmith.models.prefixes import Pair, preceding, side_by_side
 from tunesmith.models.route import Segments, current_segments, holding
 
@@ -71,15 +71,16 @@ def attend(
             )
         given = before is not None or attention_mask is not None
         mask = attention_mask if given else _window(query, key, causal, None)
-        return _capped(query, key, value, mask, dropout, scaling, softcap).transpose(1, 2).contiguous(), None
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return capped(query, key, value, mask, scale, softcap, dropout).transpose(1, 2).contiguous(), None
     if query.shape[0] != 1 or query.shape[2] != sum(segments.lengths) or key.shape[2] != query.shape[2]:
         raise ModelError(f"segments of {sum(segments.lengths)} tokens over a row of shape {tuple(query.shape)}")
     if sliding_window is not None and not causal:
         raise ModelError("a sliding window without causal attention cannot run packed")
     if segments.prefixes:
         _check_going_on(segments, before, sliding_window)
-    if softcap is None and not dropout:
-        found = _fused(query, key, value, segments.spans, before, causal, scaling, sliding_window)
+    if not dropout:
+        found = _fused(query, key, value, segments.spans, before, causal, scaling, sliding_window, softcap)
         if found is not None:
             return found[None], None
     lengths = list(segments.lengths)
@@ -128,11 +129,12 @@ def _fused(
     causal: bool,
     scaling: float | None,
     window: int | None,
+    softcap: float | None,
 ) -> Tensor | None:
     """[tokens, heads, width] by one kernel for all documents, or None where there is none for these."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    if before is None:
+    if before is None and softcap is None:
         found = on_gpu(q, k, v, spans, causal, scale, window or 0)
         if found is not None:
             return found
@@ -140,7 +142,7 @@ def _fused(
         return None
     if before is not None:
         k, v, spans = _with_rows_of(before, k, v, spans)
-    return attention(q, k, v, spans, causal, scale, window or 0)
+    return attention(q, k, v, spans, causal, scale, window or 0, softcap or 0.0)
 
 
 def _with_rows_of(pairs: Sequence[Pair | None], k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor, Spans]:
@@ -176,7 +178,8 @@ def _one(
         key, value = torch.cat([before[0][None], key], 2), torch.cat([before[1][None], value], 2)
     if softcap is not None:
         mask = _window(query, key, causal, window, free)
-        return _capped(query, key, value, mask, dropout, scaling, softcap)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return capped(query, key, value, mask, scale, softcap, dropout)
     mask = None if reaches else _window(query, key, causal, window, free)
     dtype = query.dtype
     if dtype == torch.bfloat16 and query.device.type == "cpu" and query.shape[2] <= _WIDE_TOKENS:
@@ -234,25 +237,3 @@ def _window(query: Tensor, key: Tensor, causal: bool, window: int | None, free: 
     to = torch.arange(key.shape[2], device=query.device)[None, :]
     allowed = to <= at
     return allowed if window is None else allowed & ((to > at - window) | (to < free))
-
-
-def _capped(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    softcap: float,
-) -> Tensor:
-    # written out: no fused kernel of torch caps scores
-    times = query.shape[1] // key.shape[1]
-    if times > 1:
-        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
-    scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
-    scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        low = torch.finfo(scores.dtype).min
-        scores = scores.masked_fill(~mask, low) if mask.dtype == torch.bool else scores + mask
-    weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
-    return nn.functional.dropout(weights, dropout) @ value

@@ -24,14 +24,12 @@ from tunesmith.kernels.build import usable
 from tunesmith.kernels.lowrank import Again, Map, maps
 from tunesmith.models.attention import attend, is_heard
 from tunesmith.models.copies import acting_parameters
-from tunesmith.models.ports import Port, as_map
+from tunesmith.models.forms import NORMS, Form, Tables, form_of, modules_at
+from tunesmith.models.ports import Port, as_map, is_any_watched
 from tunesmith.models.recompute import again, is_again, made_again
 from tunesmith.models.trunk import current_cut
 
 log = logging.getLogger(__name__)
-# model class -> what is added to the gain of its norms
-KNOWN = {"LlamaModel": 0.0, "MistralModel": 0.0, "Qwen2Model": 0.0, "GemmaModel": 1.0}
-NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "GemmaRMSNorm"}
 _GATES = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"
 }  # fmt: skip
@@ -40,10 +38,10 @@ _GATES = {
 def fits(model: Any) -> bool:
     """Whether a model's blocks are known here, its tensors are such that the kernels take them, and nobody listens."""
     base = model.base_model
-    if type(base).__name__ not in KNOWN or gate_of(model.config) is None:
+    if form_of(model) is None or gate_of(model.config) is None:
         _tell(type(base).__name__)
         return False
-    if is_heard() or any(module._forward_hooks or module._forward_pre_hooks for module in base.modules()):
+    if is_heard() or is_any_watched(base):
         return False
     return on("elementwise") and usable(model.get_input_embeddings().weight)
 
@@ -57,11 +55,11 @@ def hidden(model: Any, inputs: dict[str, Any], rows: Tensor | None = None) -> Te
         inputs: `input_ids` and `position_ids`, [1, tokens].
         rows: int64, the tokens whose states are wanted; None for all.
     """
-    base, cut = model.base_model, current_cut()
+    base, cut, form = model.base_model, current_cut(), form_of(model)
+    assert form is not None  # `fits` was asked before
     below, given = (0, None) if cut is None else (cut.block, cut.states)
     x = base.embed_tokens(inputs["input_ids"]) if given is None else given
-    cos, sin = (part[0] for part in base.rotary_emb(x, inputs["position_ids"]))
-    shape = _Shape(model.config, KNOWN[type(base).__name__], cos.contiguous(), sin.contiguous())
+    shape = _Shape(model.config, form, form.tables(base, x, inputs["position_ids"]))
     x, beside = x[0], None
     for number, layer in enumerate(base.layers, 1):
         if cut is not None and (number > below) is (given is None):
@@ -97,55 +95,49 @@ def gate_of(config: Any) -> str | None:
     return _GATES.get(str(name))
 
 
-def window_of(config: Any, attention: nn.Module) -> int | None:
-    """How many tokens a query of an attention module sees, its own with them; None for all before it."""
-    held = config if type(attention).__name__ == "MistralAttention" else attention
-    found: int | None = getattr(held, "sliding_window", None)
-    return found
-
-
 @dataclass(frozen=True)
 class _Shape:
     """What all blocks of a forward pass have in common."""
 
     config: Any
-    offset: float
-    cos: Tensor
-    sin: Tensor
+    form: Form
+    tables: Tables
 
 
 def _block(shape: _Shape, layer: Any, x: Tensor, beside: Tensor | None, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     """One block: the stream and what is still to be added to it, before and after. All [tokens, width]."""
-    attention, mlp = layer.self_attn, layer.mlp
+    attention, mlp, form = layer.self_attn, layer.mlp, shape.form
     h, x, make = _normed(shape, layer.input_layernorm, x, beside)
-    qkv = _mapped((attention.q_proj, attention.k_proj, attention.v_proj), h, make)
-    beside = _attended(shape, attention, qkv)
+    qkv = _mapped(modules_at(attention, form.qkv), h, make)
+    beside = _attended(shape, attention, _heads_normed(shape, attention, qkv))
     if rows is not None:
         x, beside = x[rows], beside[rows]
     beside = _mapped((attention.o_proj,), beside)
+    if form.after:
+        beside, _, _ = _normed(shape, getattr(layer, form.after[0]), beside, None)
     run = partial(_mlp, shape, layer)
-    return again(run, x, beside) if is_again(mlp) and _known((mlp.gate_proj, mlp.up_proj)) is None else run(x, beside)
+    return again(run, x, beside) if is_again(mlp) and _known(modules_at(mlp, form.inner)) is None else run(x, beside)
 
 
 def _mlp(shape: _Shape, layer: Any, x: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
     """The second half of a block, with arguments and results as the whole."""
-    mlp = layer.mlp
-    inner = (mlp.gate_proj, mlp.up_proj)
-    h, x, make = _normed(shape, layer.post_attention_layernorm, x, beside)
+    mlp, form = layer.mlp, shape.form
+    inner = modules_at(mlp, form.inner)
+    h, x, make = _normed(shape, getattr(layer, form.between), x, beside)
     both = _mapped(inner, h, make)
     gate = partial(elementwise.gated, kind=gate_of(shape.config) or "")
     known = _known(inner) if is_again(mlp) else None
     with nullcontext() if known is None else made_again(both, _product(known, h, make)):
-        return x, _mapped((mlp.down_proj,), gate(both), Again(gate, (both.detach(),)))
+        beside = _mapped((mlp.down_proj,), gate(both), Again(gate, (both.detach(),)))
+    if form.after:
+        beside, _, _ = _normed(shape, getattr(layer, form.after[1]), beside, None)
+    return x, beside
 
 
 def _attended(shape: _Shape, attention: Any, qkv: Tensor) -> Tensor:
     """Attention of a product of q, k and v: [tokens, heads x width]."""
-    config, width = shape.config, attention.head_dim
-    q, k, v = elementwise.split_rope(
-        qkv, shape.cos, shape.sin, config.num_attention_heads, (qkv.shape[1] // width - config.num_attention_heads) // 2
-    )
-    window = window_of(config, attention)
+    form = shape.form
+    q, k, v = elementwise.split_rope(qkv, *shape.tables[form.table_of(attention)], *_counts(shape, attention, qkv))
     q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
     found, _ = attend(
         attention,
@@ -155,26 +147,54 @@ def _attended(shape: _Shape, attention: Any, qkv: Tensor) -> Tensor:
         None,
         dropout=attention.attention_dropout if attention.training else 0.0,
         scaling=attention.scaling,
-        sliding_window=window,
+        sliding_window=form.window_of(attention),
+        softcap=form.cap_of(attention),
     )
     return found.reshape(len(qkv), -1)
 
 
-def _normed(shape: _Shape, module: nn.Module, x: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor, Again | None]:
-    """The norm of x + beside, that sum, and how the norm can be made again."""
+def _counts(shape: _Shape, attention: Any, qkv: Tensor) -> tuple[int, int]:
+    """How many heads of queries and of keys a product holds."""
+    heads: int = shape.config.num_attention_heads
+    return heads, (qkv.shape[1] // attention.head_dim - heads) // 2
+
+
+def _heads_normed(shape: _Shape, attention: Any, qkv: Tensor) -> Tensor:
+    """A product of q, k and v with each head of q and k normed, where the family does so."""
+    if not shape.form.heads:
+        return qkv
+    norms, (heads, kv) = modules_at(attention, shape.form.heads), _counts(shape, attention, qkv)
+    held = [_gain(module) for module in norms]
+    if not any(isinstance(module, Port) and any(True for _ in module.acting()) for module in norms):
+        q, k = (found for found in held)
+        if q is not None and k is not None:
+            return elementwise.norm_heads(qkv, q[0], k[0], heads, kv, q[1], shape.form.offset)
+    parts = qkv.unflatten(1, (heads + 2 * kv, -1)).split([heads, kv, kv], 1)
+    normed = [_normed(shape, module, part, None)[0] for module, part in zip(norms, parts[:2], strict=True)]
+    return torch.cat([*normed, parts[2]], 1).flatten(1)
+
+
+def _gain(module: nn.Module) -> tuple[Tensor, float] | None:
+    """A norm's weight as it acts now, without inserts, and its epsilon; None where the kernels do not know it."""
     plain: Any = module.base if isinstance(module, Port) else module
     own = acting_parameters(plain) if type(plain).__name__ in NORMS else None
-    if own is None:
+    return None if own is None else (own["weight"], getattr(plain, "variance_epsilon", None) or plain.eps)
+
+
+def _normed(shape: _Shape, module: nn.Module, x: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor, Again | None]:
+    """The norm of x + beside, that sum, and how the norm can be made again."""
+    gain, offset = _gain(module), shape.form.offset
+    if gain is None:
         x = x if beside is None else x + beside
         return module(x), x, None
-    weight, eps = own["weight"], getattr(plain, "variance_epsilon", None) or plain.eps
+    weight, eps = gain
     if beside is None:
-        found = elementwise.rms_norm(x, weight, eps, shape.offset)
+        found = elementwise.rms_norm(x, weight, eps, offset)
     else:
-        x, found = elementwise.add_rms_norm(x, beside, weight, eps, shape.offset)
+        x, found = elementwise.add_rms_norm(x, beside, weight, eps, offset)
     if isinstance(module, Port) and any(True for _ in module.acting()):
         return module.changed(x, found), x, None
-    make = partial(elementwise.rms_norm, eps=eps, offset=shape.offset)
+    make = partial(elementwise.rms_norm, eps=eps, offset=offset)
     return found, x, Again(make, (x.detach(), weight.detach()))
 
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tunesmith.kernels import products
 from tunesmith.kernels.elementwise import cross_entropy_
+from tunesmith.models.families import setting
 from tunesmith.models.route import Owners, checkpoint_contexts
 
 ROOM = 32 << 20  # bytes of logits that the fused head has in memory
@@ -35,12 +36,26 @@ class Shaping:
     scale: float = 1.0
     cap: float | None = None
 
+    @property
+    def is_none(self) -> bool:
+        """Whether logits stay as they are."""
+        return self.scale == 1.0 and self.cap is None
+
     def __call__(self, raw: Tensor) -> Tensor:
         """Logits in float32; those of a float64 model stay float64."""
         logits = raw.to(wide(raw.dtype))
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def shaping_of(config: Any) -> Shaping:
+    """What the family does to logits, from its config."""
+    scale = setting(config, "logit_scale")
+    if scale is None:
+        scale = 1.0 / float(setting(config, "logits_scaling") or 1.0)
+    cap = setting(config, "final_logit_softcapping")
+    return Shaping(float(scale), None if cap is None else float(cap))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -8,10 +8,12 @@ own. Whatever else stands at a place runs through its module. Which rows run, an
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,10 +24,12 @@ from tunesmith.kernels import elementwise, few
 from tunesmith.kernels.packed import Packed
 from tunesmith.models import blocks
 from tunesmith.models.copies import swap_of
-from tunesmith.models.ports import Port, attached_to
+from tunesmith.models.cross_entropy import shaping_of
+from tunesmith.models.forms import NORMS, form_of, modules_at
+from tunesmith.models.ports import Port, attached_to, is_watched
 from tunesmith.models.route import Route, Segments, current_route
 
-_WRITERS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "GemmaForCausalLM"}
+log = logging.getLogger(__name__)
 # rotary tables that depend on nothing but the position
 _ROPES = {"default", "linear", "llama3", "yarn"}
 # weights are laid out anew for products of up to so many rows, once there have been so many of these: what it costs
@@ -36,15 +40,31 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v -> [t
 
 def decoder_of(model: Any, route: Route | None) -> Decoder | None:
     """How a model writes here under a route; None where it does not."""
-    if not on("paged") or not blocks.fits(model) or type(model).__name__ not in _WRITERS or model.device.type != "cpu":
+    form = form_of(model)
+    if not on("paged") or not blocks.fits(model) or form is None or model.device.type != "cpu":
         return None
-    if getattr(model.base_model.rotary_emb, "rope_type", "default") not in _ROPES:
+    if type(model).__name__ != form.writer:
+        return None
+    if not _is_steady(model.base_model):
+        _tell(type(model).__name__)
         return None
     attached = attached_to(model)
     acting = attached.settled(current_route() if route is None else route)
     if any(name in attached.soft or name in attached.keys for name in acting.adapters):
         return None
     return Decoder(model, acting, route)
+
+
+def _is_steady(base: Any) -> bool:
+    """Whether a token is turned by its position alone, and sees nothing that comes after it."""
+    kinds = getattr(base.rotary_emb, "rope_type", "default")
+    ropes = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
+    return ropes <= _ROPES and all(layer.self_attn.is_causal for layer in base.layers)
+
+
+@cache
+def _tell(name: str) -> None:
+    log.info("%s has positions or attention that pages do not hold: rows are written padded", name)
 
 
 @dataclass(frozen=True)
@@ -85,8 +105,9 @@ class Decoder:
     Attributes:
         groups: the adapters of rows, each combination once.
         layers, heads, kv, width, scale: blocks; heads of queries and of keys, their width, the factor of scores.
-        windows: of each layer, how many tokens a query sees; 0 for all.
-        turned: columns of a head that positions turn.
+        windows, caps: of each layer, how many tokens a query sees, and where scores are capped; 0 for all and nowhere.
+        kinds, turned: of each layer, which table turns heads, and of each table, how many columns of a head.
+        shaping: what is done to logits.
         may_pack: whether there is memory for weights that are laid out anew.
         is_plain: whether nothing but low-rank changes acts on the maps, so that `step.py` can write.
     """
@@ -94,20 +115,26 @@ class Decoder:
     def __init__(self, model: Any, acting: Route, route: Route | None) -> None:
         self.base, self.config, self.route, self.acting = model.base_model, model.config, route, acting
         self.groups = list(dict.fromkeys(acting.rows or [acting.adapters]))
-        self.offset, self.gate = blocks.KNOWN[type(self.base).__name__], str(blocks.gate_of(self.config))
+        form = form_of(model)
+        assert form is not None  # `decoder_of` has asked
+        self.form, self.gate, self.shaping = form, str(blocks.gate_of(self.config)), shaping_of(self.config)
         attention = self.base.layers[0].self_attn
         self.layers, self.dtype = len(self.base.layers), model.dtype
         self.heads, self.kv = self.config.num_attention_heads, self.config.num_key_value_heads
         self.width, self.scale = attention.head_dim, float(attention.scaling)
-        self.turned = 2 * len(self.base.rotary_emb.inv_freq)
-        self.windows = [blocks.window_of(self.config, layer.self_attn) or 0 for layer in self.base.layers]
+        attentions = [layer.self_attn for layer in self.base.layers]
+        self.windows = [form.window_of(one) or 0 for one in attentions]
+        self.caps = [form.cap_of(one) or 0.0 for one in attentions]
+        self.kinds = [form.table_of(one) for one in attentions]
+        tables = form.tables(self.base, torch.empty(1, 1, 1), torch.zeros(1, 1, dtype=torch.int64))
+        self.turned = {kind: cos.shape[1] for kind, (cos, _) in tables.items()}
         size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         self.may_pack = size < _PACKED_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self.blocks = [_Block(layer, self) for layer in self.base.layers]
         self.norm, self.head = Norm(self.base.norm, self), Product([model.get_output_embeddings()], self)
         inner = [product for block in self.blocks for product in (block.qkv, block.o, block.both, block.down)]
         self.products = [*inner, self.head]
-        norms = [self.norm, *(norm for block in self.blocks for norm in (block.before, block.between))]
+        norms = [self.norm, *(norm for block in self.blocks for norm in block.norms)]
         self.is_plain = all(one.plain for one in self.products) and all(one.weight is not None for one in norms)
 
     def rows(self, numbers: Sequence[int], lengths: Sequence[int]) -> Rows:
@@ -122,32 +149,47 @@ class Decoder:
         """What the last norm gives: [tokens, width], for ids and positions, int64 [tokens]."""
         with rows.enter(rows.lengths) as groups:
             x = self.base.embed_tokens(ids[None])
-            cos, sin = (part[0].contiguous() for part in self.base.rotary_emb(x, positions[None]))
+            tables = self.form.tables(self.base, x, positions[None])
             x, beside = x[0], None
             for number, block in enumerate(self.blocks):
                 h, x = block.before(x, beside)
-                q, k, v = elementwise.split_rope(block.qkv(h, groups), cos, sin, self.heads, self.kv)
-                beside = block.o(attend(number, q, k, v).flatten(1), groups)
+                qkv = block.heads(block.qkv(h, groups), self.heads, self.kv)
+                q, k, v = elementwise.split_rope(qkv, *tables[self.kinds[number]], self.heads, self.kv)
+                beside = block.answered(0, block.o(attend(number, q, k, v).flatten(1), groups))
                 h, x = block.between(x, beside)
-                beside = block.down(elementwise.gated(block.both(h, groups), self.gate), groups)
+                made = block.down(elementwise.gated(block.both(h, groups), self.gate), groups)
+                beside = block.answered(1, made)
             return self.norm(x, beside)[0]
 
     def logits(self, states: Tensor, rows: Rows) -> Tensor:
-        """[documents, vocabulary] in the model's dtype, from a state [documents, width] of each."""
+        """The head's product: [documents, vocabulary] in the model's dtype, from a state [documents, width] of each."""
         with rows.enter((1,) * len(states)) as groups:
             return self.head(states, groups)
 
 
 class _Block:
-    """What one block is made of."""
+    """What one block is made of.
+
+    Attributes:
+        after: norms of the answers of attention and MLP; none where these are added as they are.
+        heads: norms of heads.
+        norms: all of them.
+    """
 
     def __init__(self, layer: Any, decoder: Decoder) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self.before = Norm(layer.input_layernorm, decoder)
-        self.between = Norm(layer.post_attention_layernorm, decoder)
-        self.qkv = Product([attention.q_proj, attention.k_proj, attention.v_proj], decoder)
+        attention, mlp, form = layer.self_attn, layer.mlp, decoder.form
+        self.before, self.between = Norm(layer.input_layernorm, decoder), Norm(getattr(layer, form.between), decoder)
+        after = [module for module in modules_at(layer, form.after) if not isinstance(module, nn.Dropout)]
+        self.after = [Norm(module, decoder) for module in after]
+        self.heads = Heads([Norm(module, decoder) for module in modules_at(attention, form.heads)])
+        self.norms = [self.before, self.between, *self.after, *self.heads.norms]
+        self.qkv = Product(modules_at(attention, form.qkv), decoder)
         self.o, self.down = Product([attention.o_proj], decoder), Product([mlp.down_proj], decoder)
-        self.both = Product([mlp.gate_proj, mlp.up_proj], decoder)
+        self.both = Product(modules_at(mlp, form.inner), decoder)
+
+    def answered(self, number: int, x: Tensor) -> Tensor:
+        """What attention (0) or the MLP (1) answers, as it is added."""
+        return self.after[number](x, None)[0] if self.after else x
 
 
 class Norm:
@@ -156,8 +198,8 @@ class Norm:
     def __init__(self, module: Any, decoder: Decoder) -> None:
         base: Any = module.base if isinstance(module, Port) else module
         acts = isinstance(module, Port) and any(module.of(name) for name in decoder.acting.adapters)
-        plain = type(base).__name__ in blocks.NORMS and swap_of(base) is None and not acts
-        self.module, self.offset = module, decoder.offset
+        plain = type(base).__name__ in NORMS and swap_of(base) is None and not acts
+        self.module, self.offset = module, decoder.form.offset
         self.weight: Tensor | None = base.weight if plain else None
         self.eps = float(getattr(base, "variance_epsilon", None) or getattr(base, "eps", None) or 0.0)
 
@@ -169,6 +211,23 @@ class Norm:
             return elementwise.rms_norm(x, self.weight, self.eps, self.offset), x
         x, normed = elementwise.add_rms_norm(x, beside, self.weight, self.eps, self.offset)
         return normed, x
+
+
+class Heads:
+    """The norms of each head of queries and of keys, where a family has them."""
+
+    def __init__(self, norms: Sequence[Norm]) -> None:
+        self.norms = norms
+
+    def __call__(self, qkv: Tensor, heads: int, kv: int) -> Tensor:
+        """The product of q, k and v, [tokens, (heads + 2 kv) x width], with its heads normed."""
+        if not self.norms:
+            return qkv
+        of_q, of_k = self.norms
+        if of_q.weight is not None and of_k.weight is not None:
+            return elementwise.norm_heads(qkv, of_q.weight, of_k.weight, heads, kv, of_q.eps, of_q.offset)
+        q, k, v = qkv.unflatten(1, (heads + 2 * kv, -1)).split([heads, kv, kv], 1)
+        return torch.cat([of_q(q, None)[0], of_k(k, None)[0], v], 1).flatten(1)
 
 
 class Product:
@@ -238,14 +297,14 @@ class Product:
 
 def _pairs(module: Any, base: Any, decoder: Decoder) -> list[tuple[Tensor, Tensor] | None] | None:
     """Factors of each group at a map; None where something else than low-rank changes acts on it."""
-    if type(base) is not nn.Linear or base._forward_hooks or swap_of(base) is not None:
+    if type(base) is not nn.Linear or is_watched(base) or swap_of(base) is not None:
         return None
     if not base.weight.is_contiguous():
         return None
     found: list[tuple[Tensor, Tensor] | None] = []
     for names in decoder.groups:
         inserts = [insert for name in names for insert in (module.of(name) if isinstance(module, Port) else [])]
-        changes = [None if insert.rows is not None else insert.method.low_rank(insert) for insert in inserts]
+        changes = [insert.low_rank() for insert in inserts]
         if any(change is None for change in changes):
             return None
         dtype = base.weight.dtype

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from tunesmith.models.copies import base_parameter
-from tunesmith.models.ports import gathered, port_kind
+from tunesmith.models.inserts import gathered
+from tunesmith.models.ports import port_kind
 
 if TYPE_CHECKING:
     from tunesmith.models.targets import Rows

@@ -18,8 +18,7 @@ from tunesmith.core.errors import ConfigError
 from tunesmith.core.switches import on
 from tunesmith.models import attention, blocks, seq2seq
 from tunesmith.models.copies import swap_of
-from tunesmith.models.cross_entropy import Shaping, fused_losses, plain_losses, wide
-from tunesmith.models.families import setting
+from tunesmith.models.cross_entropy import fused_losses, plain_losses, shaping_of, wide
 from tunesmith.models.inputs import states
 from tunesmith.models.ports import Port
 from tunesmith.models.recompute import Blocks, How, Recompute
@@ -167,15 +166,6 @@ class Policy:
                 where="objective",
                 hint="choose a decoder such as llama, qwen2 or gpt2",
             )
-
-
-def shaping_of(config: Any) -> Shaping:
-    """What the family does to logits, from its config."""
-    scale = setting(config, "logit_scale")
-    if scale is None:
-        scale = 1.0 / float(setting(config, "logits_scaling") or 1.0)
-    cap = setting(config, "final_logit_softcapping")
-    return Shaping(float(scale), None if cap is None else float(cap))
 
 
 def _picked(found: Tensor, rows: Tensor | None) -> Tensor:

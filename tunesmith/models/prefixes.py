@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.core.errors import AdapterError
-from tunesmith.models.ports import Keys, Port
+from tunesmith.models.inserts import Keys
+from tunesmith.models.ports import Port
 from tunesmith.models.route import current_route
 from tunesmith.models.soft import current_holes
 

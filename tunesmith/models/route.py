@@ -154,7 +154,7 @@ class Attached:
         merged: those whose deltas are in the weights now.
         restore: puts the weights back that merging replaced.
         heads: the prediction head (`heads.Head`) of each adapter that has one.
-        soft: the soft tokens (`ports.SoftTokens`) of each adapter that has some.
+        soft: the soft tokens (`inserts.SoftTokens`) of each adapter that has some.
         keys: how many keys each adapter puts before those of a document, for adapters that do.
     """
 

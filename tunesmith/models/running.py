@@ -170,7 +170,8 @@ class Running:
             if before:
                 first = self.begun.states[layer]
                 k, v = torch.cat([first[0], k]), torch.cat([first[1], v])
-            return attention(q, k, v, spans, scale=decoder.scale, window=decoder.windows[layer])
+            window, cap = decoder.windows[layer], decoder.caps[layer]
+            return attention(q, k, v, spans, scale=decoder.scale, window=window, cap=cap)
 
         states = decoder.states(ids, positions, rows, attend)
         for row, count in zip(fresh, lengths, strict=True):
@@ -199,7 +200,8 @@ class Running:
             def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 pages = self.store[layer]
                 keep(pages, k, v, at)
-                return paged_attention(q, pages, self.table, seen, decoder.scale, decoder.windows[layer])
+                window, cap = decoder.windows[layer], decoder.caps[layer]
+                return paged_attention(q, pages, self.table, seen, decoder.scale, window, cap)
 
             logits = decoder.logits(decoder.states(ids, positions, self.documents, attend), self.documents)
         for row in active:
@@ -223,6 +225,8 @@ class Running:
         return held
 
     def _chosen(self, rows: Sequence[_Row], logits: Tensor) -> Turn:
+        shaping = self.decoder.shaping
+        logits = logits if shaping.is_none else shaping(logits)
         tokens = self.choose(logits, [row.number for row in rows], [row.written for row in rows]).tolist()
         for row, token in zip(rows, tokens, strict=True):
             row.last, row.written = token, row.written + 1

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tunesmith.core.switches import on
 from tunesmith.models.attention import is_heard
 from tunesmith.models.families import setting
-from tunesmith.models.ports import Insert
+from tunesmith.models.inserts import Insert
+from tunesmith.models.ports import is_watched
 from tunesmith.models.route import Segments
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def _takes(policy: Policy, batch: Batch) -> bool:
 def _is_even(model: nn.Module) -> bool:
     """Whether all documents are treated alike and nobody looks on: no dropout that acts, no hooks, causal attention."""
     for module in model.modules():
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        if is_watched(module):
             return False
         held: dict[str, Any] = vars(module)
         if held.get("is_causal") is False:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.kernels import elementwise, few, paged
-from tunesmith.kernels.build import DTYPES, Functions, imitating, threads
+from tunesmith.kernels.build import DTYPES, imitating, threads
 from tunesmith.kernels.packed import Arena, joined, scratch
 from tunesmith.kernels.packed import kernels as packing
 
@@ -45,13 +45,13 @@ class Step:
         self.kept: list[Tensor] = []  # what the calls point to
         config, width, heads, kv = decoder.config, decoder.width, decoder.heads, decoder.kv
         self.x, self.beside, self.h = (self._room(most, config.hidden_size) for _ in range(3))
-        self.inverse = self._room(most, dtype=torch.float32)
+        self.inverse = self._room(most, heads + kv, dtype=torch.float32)
         self.qkv, self.both = self._room(most, (heads + 2 * kv) * width), self._room(most, 2 * config.intermediate_size)
         self.q, self.mixed = self._room(most, heads * width), self._room(most, heads * width)
         self.k, self.v = self._room(most, kv * width), self._room(most, kv * width)
         self.gated = self._room(most, config.intermediate_size)
         self.logits = self._room(most, decoder.head.sizes[0])
-        self.turns = self._room(2, most, decoder.turned)
+        self.turns = {kind: self._room(2, most, turned) for kind, turned in decoder.turned.items()}
         self.table = torch.zeros(most, pages, dtype=torch.int32)
         self.seen, self.groups = torch.zeros(2, most, dtype=torch.int32)
         self.at = torch.zeros(most, dtype=torch.int64)
@@ -63,15 +63,18 @@ class Step:
         for number, block in enumerate(decoder.blocks):
             self._norm(block.before, number > 0)
             self._product(block.qkv, self.h, self.qkv)
+            self._norm_heads(block.heads.norms)
             self._attend(number, store[number])
             self._product(block.o, self.mixed, self.beside)
+            self._norm_answer(block.after[:1])
             self._norm(block.between, True)
             self._product(block.both, self.h, self.both)
             self._call(
-                kernels.ts_gated, self.both, self.gated, self.rows, config.intermediate_size,
+                elementwise.kernels.ts_gated, self.both, self.gated, self.rows, config.intermediate_size,
                 elementwise.KINDS.index(decoder.gate), self.dtype, self.threads,
             )  # fmt: skip
             self._product(block.down, self.gated, self.beside)
+            self._norm_answer(block.after[1:])
         self._norm(decoder.norm, True)
         self._product(decoder.head, self.h, self.logits)
 
@@ -80,8 +83,8 @@ class Step:
         count = self.rows.value = len(ids)
         with rows.enter(rows.lengths):
             x = self.decoder.base.embed_tokens(ids[None])
-            for held, part in zip(self.turns, self.decoder.base.rotary_emb(x, positions[None]), strict=True):
-                held[:count] = part[0]
+            for kind, parts in self.decoder.form.tables(self.decoder.base, x, positions[None]).items():
+                self.turns[kind][0, :count], self.turns[kind][1, :count] = parts
         self.x[:count] = x[0]
         self.at[:count], self.seen[:count] = at, seen
         self.table[:count, : table.shape[1]] = table
@@ -104,8 +107,31 @@ class Step:
         weight = norm.weight
         assert weight is not None
         self._call(
-            kernels.ts_rms_norm, self.x, self.beside if adds else None, weight, self.x if adds else None, self.h,
-            self.inverse, self.rows, self.x.shape[1], norm.eps, norm.offset, self.dtype, DTYPES[weight.dtype],
+            elementwise.kernels.ts_rms_norm, self.x, self.beside if adds else None, weight, self.x if adds else None,
+            self.h, self.inverse, self.rows, self.x.shape[1], norm.eps, norm.offset, self.dtype, DTYPES[weight.dtype],
+            self.threads,
+        )  # fmt: skip
+
+    def _norm_answer(self, norms: Sequence[Norm]) -> None:
+        """Norms what is to be added, where it lies."""
+        for norm in norms:
+            weight = norm.weight
+            assert weight is not None
+            self._call(
+                elementwise.kernels.ts_rms_norm, self.beside, None, weight, None, self.beside, self.inverse, self.rows,
+                self.x.shape[1], norm.eps, norm.offset, self.dtype, DTYPES[weight.dtype], self.threads,
+            )  # fmt: skip
+
+    def _norm_heads(self, norms: Sequence[Norm]) -> None:
+        """Norms heads of queries and keys, where they lie."""
+        if not norms:
+            return
+        (of_q, of_k), decoder = norms, self.decoder
+        assert of_q.weight is not None
+        assert of_k.weight is not None
+        self._call(
+            elementwise.kernels.ts_norm_heads, self.qkv, of_q.weight, of_k.weight, self.qkv, self.inverse, self.rows,
+            decoder.heads, decoder.kv, decoder.width, of_q.eps, of_q.offset, self.dtype, DTYPES[of_q.weight.dtype],
             self.threads,
         )  # fmt: skip
 
@@ -132,10 +158,10 @@ class Step:
 
     def _attend(self, number: int, pages: paged.Pages) -> None:
         decoder = self.decoder
-        heads, kv, width = decoder.heads, decoder.kv, decoder.width
+        heads, kv, width, kind = decoder.heads, decoder.kv, decoder.width, decoder.kinds[number]
         self._call(
-            kernels.ts_split_rope, self.qkv, *self.turns, self.q, self.k, self.v, self.rows, heads, kv, width,
-            decoder.turned, 0, self.dtype, self.dtype, self.threads,
+            elementwise.kernels.ts_split_rope, self.qkv, *self.turns[kind], self.q, self.k, self.v, self.rows, heads,
+            kv, width, decoder.turned[kind], 0, self.dtype, self.dtype, self.threads,
         )  # fmt: skip
         self._call(
             paged.kernels.ts_paged_keep, self.k, self.v, pages.keys, pages.values, self.at, self.rows, kv, width,
@@ -144,13 +170,5 @@ class Step:
         self._call(
             paged.kernels.ts_paged_attention, self.q, pages.keys, pages.values, self.table, self.seen, self.mixed,
             self.spare, self.rows, kv, heads // kv, width, paged.PAGE, self.pages, decoder.windows[number],
-            self.pages * paged.PAGE, decoder.scale, self.dtype, self.threads,
+            self.pages * paged.PAGE, decoder.scale, decoder.caps[number], self.dtype, self.threads,
         )  # fmt: skip
-
-
-# as `kernels.elementwise` has them, which does not show them
-kernels = Functions(
-    ts_rms_norm="pppppp" "ll" "ff" "iii",
-    ts_split_rope="pppppp" "lllll" "i" "iii",
-    ts_gated="pp" "ll" "i" "ii",
-)  # fmt: skip

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.core.context import holding
+from tunesmith.kernels.build import made_with
 from tunesmith.models.copies import swap_of
 from tunesmith.models.kept import KEY_BYTES, Kept
-from tunesmith.models.ports import Port
+from tunesmith.models.ports import Port, is_watched
 from tunesmith.models.shared import drops
 from tunesmith.models.targets import block_number, block_paths
 
@@ -160,7 +161,8 @@ class Trunk:
             return None
         facts = {
             "format": FORMAT, "model": self.fingerprint, "block": self.block, "phase": self.phase,
-            "torch": torch.__version__, "threads": torch.get_num_threads(), "device": first.device.type,
+            "torch": torch.__version__, "threads": torch.get_num_threads(), "kernels": made_with(),
+            "device": first.device.type,
         }  # fmt: skip
         first = first.cpu().contiguous()
         kept = Kept(self._path, self.budget, facts, first.shape[1], first.dtype)
@@ -255,7 +257,7 @@ def _changes(module: nn.Module) -> str:
         return "trains"
     if isinstance(module, Port) or swap_of(module) is not None:
         return "has an adapter"
-    if module._forward_hooks or module._forward_pre_hooks:
+    if is_watched(module):
         return "is listened to"
     return "drops out" if drops(module) else ""
 

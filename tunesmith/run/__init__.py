@@ -121,6 +121,7 @@ class _Ready:
 
 
 def _make_ready(prepared: Prepared, folder: RunFolder) -> _Ready:
+    from tunesmith.kernels.build import made_with
     from tunesmith.models.load import load
     from tunesmith.plan.choice import check_fits
     from tunesmith.plan.show import show_plan
@@ -145,7 +146,7 @@ def _make_ready(prepared: Prepared, folder: RunFolder) -> _Ready:
     loaded = load(str(prepared.folder), dtype=compute)
     loaded.predicts = prepared.problem
     folder.record(
-        status="running", versions=versions(), machine=machine(), data=prepared.data_facts(),
+        status="running", versions=versions(), machine=machine(), kernels=made_with(), data=prepared.data_facts(),
         precision=compute, recompute=plan.recompute, seed=config.train.seed, model=_model_facts(loaded, config.model),
     )  # fmt: skip
     return _Ready(prepared, loaded, judge_of(prepared, folder.path))

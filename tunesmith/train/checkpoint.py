@@ -30,6 +30,7 @@ from tunesmith.core.files import (
     strict_loads,
     sync_folder,
 )
+from tunesmith.kernels.build import made_with
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,6 +84,7 @@ class Checkpoint:
         state: what the run remembered.
         threads: of the process that wrote it.
         torch_version: likewise.
+        kernels: likewise, as `made_with` says it; empty in a checkpoint that does not tell.
         elapsed_seconds: that the run had taken, over all its processes.
     """
 
@@ -90,6 +92,7 @@ class Checkpoint:
     state: State
     threads: int
     torch_version: str
+    kernels: str
     elapsed_seconds: float
 
     def read(self, file: str, into: Mapping[str, Tensor]) -> None:
@@ -156,9 +159,8 @@ class Checkpoints:
         state = _read_state(path)
         if state.step != step:
             raise CheckpointError(f"holds step {state.step}, not the step of its name", where=str(path))
-        return Checkpoint(
-            path, state, manifest["threads"], manifest["torch_version"], float(manifest["elapsed_seconds"])
-        )
+        made = manifest["threads"], manifest["torch_version"], manifest.get("kernels", "")
+        return Checkpoint(path, state, *made, float(manifest["elapsed_seconds"]))
 
     def newest(self) -> Checkpoint | None:
         """The newest complete checkpoint, None when there is none at all.
@@ -241,6 +243,7 @@ def _manifest(folder: Path, elapsed_seconds: float) -> str:
         "files": files,
         "torch_version": torch.__version__,
         "threads": torch.get_num_threads(),
+        "kernels": made_with(),
         "elapsed_seconds": round(elapsed_seconds, 3),
     }
     return _sealed(content)

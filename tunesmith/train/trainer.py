@@ -20,6 +20,7 @@ import torch
 
 from tunesmith.core.errors import CheckpointError, ConfigError, DataError, DivergedError
 from tunesmith.core.rng import seed_for
+from tunesmith.kernels.build import made_with
 from tunesmith.parallel.layout import Layout, Single
 from tunesmith.train.checkpoint import MEMORY, MOMENTS, WEIGHTS, Checkpoint, Checkpoints, State
 from tunesmith.train.log import MetricsLog, peak_bytes
@@ -172,6 +173,9 @@ class _Run:
         if found.torch_version != torch.__version__:
             told = (found.torch_version, torch.__version__)
             log.warning("the checkpoint is by torch %s, this is %s: results may differ in the last bits", *told)
+        with_what = (found.kernels, made_with())
+        if found.kernels and len(set(with_what)) > 1:
+            log.warning("the checkpoint was made with %s, this is %s: results may differ in the last bits", *with_what)
         if found.threads != torch.get_num_threads():
             log.warning("using %d threads, as the run did before", found.threads)
             torch.set_num_threads(found.threads)
