@@ -52,6 +52,7 @@ class Step(Generic[E]):
         cursor: the place after this step; a stream started there goes on with the next one.
         epoch: how many epochs of rows have been looked at, 1.5 in the middle of the second.
         dropped: rows that were looked at for this step and left out, by reason.
+        spare: a row of the step for a process of several that has none; see `deal`.
     """
 
     number: int
@@ -59,6 +60,7 @@ class Step(Generic[E]):
     cursor: Cursor
     epoch: float
     dropped: dict[str, int] = field(default_factory=dict)
+    spare: list[E] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -167,18 +169,20 @@ class StepStream(Generic[E]):
 
     def _step(self, number: int, rows: list[E], cursor: Cursor, dropped: dict[str, int]) -> Step[E]:
         epoch = cursor.epoch + cursor.position / len(self.mixture)
-        return Step(number, self._cut(rows), cursor, epoch, dropped)
+        return Step(number, cut(rows, self.sizes), cursor, epoch, dropped)
 
-    def _cut(self, rows: list[E]) -> list[list[E]]:
-        cut: list[list[E]] = [[]]
-        tokens = 0
-        for row in _side_by_side(rows):
-            if not self.sizes.micro_takes(len(cut[-1]) + 1, tokens + len(row.ids)):
-                cut.append([])
-                tokens = 0
-            cut[-1].append(row)
-            tokens += len(row.ids)
-        return cut
+
+def cut(rows: Sequence[E], sizes: Sizes) -> list[list[E]]:
+    """Rows as micro-batches, those that begin alike side by side; none for no rows."""
+    found: list[list[E]] = []
+    tokens = 0
+    for row in _side_by_side(rows):
+        if not found or not sizes.micro_takes(len(found[-1]) + 1, tokens + len(row.ids)):
+            found.append([])
+            tokens = 0
+        found[-1].append(row)
+        tokens += len(row.ids)
+    return found
 
 
 def _side_by_side(rows: Sequence[E]) -> list[E]:
