@@ -29,7 +29,7 @@ class Ddp(Single):
         self.buckets: list[Bucket] = []
 
     def hold(self, held: Held) -> dict[str, nn.Parameter]:
-        self.masters = held.masters
+        self.masters = self.pieces = held.masters
         self.buckets = fill(self.masters, self.world.size)
         everything = ((0, master.numel()) for master in self.masters.values())
         self.places = {
@@ -92,13 +92,14 @@ class Split(Ddp):
         self.masters = held.masters
         # by the parameters' dtype: that is what is gathered
         self.buckets = fill(held.parameters, self.world.size)
-        self.pieces: dict[str, nn.Parameter] = {}
+        pieces = {}
         for bucket in self.buckets:
             for name in bucket.spans:
                 parameter, master = held.parameters[name], held.masters[name]
                 self.places[name] = bucket.place(name, parameter.shape)
-                self.pieces[name] = self._piece(parameter, master, self.places[name].mine(self.world.rank))
-        return dict(sorted(self.pieces.items()))
+                pieces[name] = self._piece(parameter, master, self.places[name].mine(self.world.rank))
+        self.pieces = dict(sorted(pieces.items()))
+        return self.pieces
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         mine = [gradient for gradient in gradients if gradient.numel()]

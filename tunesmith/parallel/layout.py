@@ -71,10 +71,12 @@ class Layout(Protocol):
 
     Attributes:
         world: who they are.
+        pieces: what this process updates, by name; `hold` makes them.
         in_step: every forward and backward pass takes all of them.
     """
 
     world: Alone
+    pieces: dict[str, nn.Parameter]
     in_step: bool
 
     def sum(self, value: float) -> float:
@@ -132,6 +134,10 @@ class Layout(Protocol):
         """Fills the pieces of all processes from the first one's whole tensors."""
         ...
 
+    def close(self) -> None:
+        """Leaves the parameters as ordinary ones."""
+        ...
+
 
 class Single:
     """One process: its own rows and its own gradients are all there are."""
@@ -141,6 +147,7 @@ class Single:
     def __init__(self, world: Alone = ALONE) -> None:
         self.world = world
         self.masters: dict[str, nn.Parameter] = {}
+        self.pieces: dict[str, nn.Parameter] = {}
 
     def sum(self, value: float) -> float:
         return self.world.sums([value])[0]
@@ -149,7 +156,7 @@ class Single:
         return tuned
 
     def hold(self, held: Held) -> dict[str, nn.Parameter]:
-        self.masters = held.masters
+        self.masters = self.pieces = held.masters
         return held.masters
 
     def passed(self) -> None:
@@ -181,6 +188,9 @@ class Single:
         return dict(pieces)
 
     def deal(self, whole: Mapping[str, Tensor], pieces: Mapping[str, Tensor]) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 

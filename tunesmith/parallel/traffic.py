@@ -16,6 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# their names since torch 2.12, and the older ones
+_gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Traffic:
     """The collectives of one process, by kind.
@@ -40,12 +44,12 @@ class Traffic:
     def reduce_scatter(self, part: Tensor, whole: Tensor) -> None:
         """This process gets its part of the sum of `whole` [N x part]."""
         with self._timed("reduce_scatter", whole.nbytes):
-            dist.reduce_scatter_tensor(part, whole)
+            _reduce_scatter(part, whole)
 
     def all_gather(self, whole: Tensor, part: Tensor) -> None:
         """Every process gets all parts in `whole` [N x part]."""
         with self._timed("all_gather", whole.nbytes):
-            dist.all_gather_into_tensor(whole, part)
+            _gather_into(whole, part)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Every process gets one's tensor, in place; a small message."""
@@ -87,7 +91,7 @@ class CountedAllGather:
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
         with self.traffic._timed("all_gather", output_tensor.nbytes):
-            return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+            return _gather_into(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 class CountedReduceScatter(CountedAllGather):
@@ -97,4 +101,4 @@ class CountedReduceScatter(CountedAllGather):
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
     ) -> Any:
         with self.traffic._timed("reduce_scatter", input_tensor.nbytes):
-            return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+            return _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)

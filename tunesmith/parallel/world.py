@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tunesmith.core import errors
-from tunesmith.core.errors import PeerError, TunesmithError
+from tunesmith.core.errors import DivergedError, PeerError, Stopped, TunesmithError
 from tunesmith.parallel.watch import Watch
 
 if TYPE_CHECKING:
@@ -178,6 +178,9 @@ def joined(rank: int, size: int) -> Iterator[World]:
     world = World(rank, size, device, watch)
     try:
         yield world
+    except (DivergedError, Stopped) as error:
+        error.is_told = not world.is_first  # all have found this out together
+        raise
     except TunesmithError as error:
         if not error.is_told:
             watch.tell(error.message)

@@ -29,6 +29,7 @@ class Zero2(Split):
         self._parts: dict[int, Tensor] = {}
         self._reached: set[str] = set()
         self._next = 0
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def hold(self, held: Held) -> dict[str, nn.Parameter]:
         pieces = super().hold(held)
@@ -37,7 +38,8 @@ class Zero2(Split):
         self._begin()
         for name, parameter in held.parameters.items():
             # after the precision's own hook: then the gradient is the master's
-            parameter.register_post_accumulate_grad_hook(partial(self._arrived, name))
+            hook = parameter.register_post_accumulate_grad_hook(partial(self._arrived, name))
+            self._hooks.append(hook)
         return pieces
 
     def passed(self) -> None:
@@ -55,6 +57,10 @@ class Zero2(Split):
 
     def gradients(self) -> list[Tensor]:
         return [*super().gradients(), *self._parts.values(), *self._filled.values()]
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def _begin(self) -> None:
         self._next, self._filled = 0, {}

@@ -36,7 +36,6 @@ class Zero3(Single):
     def __init__(self, world: World) -> None:
         super().__init__(world)
         self.places: dict[str, Place] = {}
-        self.pieces: dict[str, nn.Parameter] = {}
 
     def adopt(self, tuned: Any) -> Any:
         """The same with its weights in parts. Raises ConfigError for a method that needs them whole."""
@@ -66,7 +65,7 @@ class Zero3(Single):
             local: Tensor = master.to_local()  # type: ignore[attr-defined]
             self.pieces[name] = nn.Parameter(local.detach())
             self.places[name] = _place(master.shape, self.world.size)
-        return dict(self.pieces)
+        return self.pieces
 
     def reduce(self, names: Collection[str]) -> set[str]:
         ordered = sorted(names)

@@ -81,6 +81,7 @@ def train(
     run.collate = collate or _to_batch
     with ExitStack() as stack:
         stack.enter_context(closing(run.precision))
+        stack.enter_context(closing(run.layout))
         # the caller's random state is his own
         stack.enter_context(torch.random.fork_rng(devices=run.cuda_devices))
         run.begin(resume)
@@ -149,6 +150,7 @@ class _Run:
 
     def begin(self, resume: bool) -> None:
         """Starts at step 0, or where the newest complete checkpoint ends."""
+        self.world.sent()  # what came before is not the first step's
         if not resume:
             self.keeper.check_fresh()
             return
