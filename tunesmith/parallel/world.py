@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # what torch and its backends say when a peer is gone; they raise plain RuntimeErrors
 _LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|TCPStore", re.I)
+_OF_STEPS = ("all_reduce", "reduce_scatter", "all_gather")  # not small messages, and not checkpoints
 PATIENCE_SECONDS = 12.0  # for the reason of a failure to become known
 # a peer that is gone is found by `watch.py`; a collective only waits for what takes long, as judging on one process
 LONGEST = timedelta(hours=6)
@@ -54,7 +55,11 @@ class Alone:
         """A text of every process, for a message that all say."""
         return text
 
-    def told(self, facts: dict[str, int]) -> list[dict[str, int]]:
+    def total(self) -> dict[str, Any]:
+        """The same since this process began."""
+        return {}
+
+    def told(self, facts: dict[str, Any]) -> list[dict[str, Any]]:
         """The facts of every process, by rank."""
         return [facts]
 
@@ -126,7 +131,7 @@ class World(Alone):
         told = [(rank, self._tell(text, rank)) for rank in range(self.size)]
         return "; ".join(f"rank {rank}: {words}" for rank, words in told if words)
 
-    def told(self, facts: dict[str, int]) -> list[dict[str, int]]:
+    def told(self, facts: dict[str, Any]) -> list[dict[str, Any]]:
         return [json.loads(self._tell(json.dumps(facts), rank)) for rank in range(self.size)]
 
     def same(self, tensors: Iterable[Tensor]) -> None:
@@ -134,12 +139,10 @@ class World(Alone):
             self.traffic.broadcast(tensor, 0)
 
     def sent(self) -> dict[str, Any]:
-        sent, seconds = self.traffic.take()
-        return {
-            "sent_bytes": sum(count for kind, count in sent.items() if kind != "control"),
-            **{f"{kind}_sent_bytes": count for kind, count in sorted(sent.items())},
-            "communication_seconds": round(seconds, 6),
-        }
+        return _sent(*self.traffic.take())
+
+    def total(self) -> dict[str, Any]:
+        return _sent(self.traffic.sent_bytes, self.traffic.seconds)
 
     def _tell(self, text: str, source: int = 0) -> str:
         """One process's text, in all."""
@@ -197,6 +200,14 @@ def joined(rank: int, size: int) -> Iterator[World]:
         watch.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _sent(sent: dict[str, int], seconds: float) -> dict[str, Any]:
+    return {
+        "sent_bytes": sum(count for kind, count in sent.items() if kind in _OF_STEPS),
+        **{f"{kind}_sent_bytes": count for kind, count in sorted(sent.items())},
+        "communication_seconds": round(seconds, 6),
+    }
 
 
 def _told(kind: str, message: str, where: str, hint: str, exit_code: int) -> TunesmithError:

@@ -397,7 +397,7 @@ class _Run:
             seconds=self.seconds(),
             peak_bytes=int(self.world.most(peak_bytes(self.device))),
             resumed_step=self.resumed_step,
-            ranks=self.world.told(self.held_bytes | {"peak_bytes": peak_bytes(self.device)}),
+            ranks=self.world.told(self.held_bytes | {"peak_bytes": peak_bytes(self.device)} | self.world.total()),
         )
 
 

@@ -58,7 +58,7 @@ class Result:
         peak_bytes: most memory used by a process.
         resumed_step: where this process began; 0 at the start.
         ranks: bytes that each process held of every part in its first step, gradients at the end of the backward, and
-            the most memory it used; by rank.
+            the most memory it used; of several, also what each has sent. By rank.
     """
 
     step: int
@@ -72,4 +72,4 @@ class Result:
     seconds: float
     peak_bytes: int
     resumed_step: int
-    ranks: list[dict[str, int]]
+    ranks: list[dict[str, Any]]
