@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from tunesmith.cli import claims, judge, look, ship, start, sweep, talk, tune
+from tunesmith.cli import claims, judge, launch, look, ship, start, sweep, talk, tune
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.files import os_error
 
@@ -25,12 +25,13 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="--debug anywhere shows where an error comes from. Exit codes: 0 done, 2 configuration or usage, 3 data, "
-    "4 model or checkpoint, 5 resource, 6 diverged, 7 busy, 75 and 130 stopped after saving.",
+    "4 model or checkpoint, 5 resource, 6 diverged, 7 busy, 8 another process of the run failed, "
+    "75 and 130 stopped after saving.",
 )
 # typer brings its own copy of click, under a name that is not public
 UsageError = typer.BadParameter.__mro__[1]
 
-for group in (start, look, tune, judge, sweep, claims, talk, ship):
+for group in (start, look, tune, launch, judge, sweep, claims, talk, ship):
     group.register(app)
 
 
@@ -53,6 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _report(error: BaseException, as_json: bool) -> int:
     """Prints one message and gives the exit code."""
     message, where, hint, code = _described(error)
+    if isinstance(error, TunesmithError) and error.is_told:
+        return code
     if as_json:
         print(json.dumps({"error": message, "where": where, "hint": hint, "exit_code": code}))
     line = f"{where}: {message}" if where else message

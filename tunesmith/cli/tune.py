@@ -23,8 +23,11 @@ def tune(
 ) -> None:
     """Train: adapt the model as CONFIG says, judge it before and after, write the run folder and its report."""
     from tunesmith.config import load_config, naming
+    from tunesmith.parallel.launch import Launch, started
     from tunesmith.run import run
 
     wanted = load_config(config, overrides)
+    words = ["tune", config, *(overrides or []), *(["--resume"] if resume else [])]
     with naming(config):
+        started(wanted.layout, Launch(wanted.layout, words).line())
         run(wanted, resume=resume)

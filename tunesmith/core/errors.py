@@ -18,9 +18,11 @@ class TunesmithError(Exception):
         where: file, row or key, as in `data.train: rows.jsonl:17`.
         hint: one action that mends it; may be empty.
         exit_code: what the process exits with.
+        is_told: another process of the run says it.
     """
 
     exit_code = 1
+    is_told = False
 
     def __init__(self, message: str, *, where: str = "", hint: str = "") -> None:
         super().__init__(message)
@@ -89,6 +91,12 @@ class PeerError(TunesmithError, RuntimeError):
     """Another process of the same run failed."""
 
     exit_code = 8
+    HINT = "what is saved can be resumed with --resume, with any number of processes"
+
+    @staticmethod
+    def told(reason: str) -> str:
+        """The message for what is known of the failure, as in `rank 1: ...`."""
+        return f"another process of this run failed: {reason}"
 
 
 class Stopped(TunesmithError):

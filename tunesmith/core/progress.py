@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from tunesmith.core.process import speaks
+
 Progress = Callable[[int, int], None]  # (done, total); a total of 0 means that it is unknown
 
 
@@ -23,6 +25,9 @@ def progress_bar(title: str, total: int = 0, *, bytes_: bool = True) -> Iterator
         total: how much there is to do, 0 when unknown (then the bar only shows that something moves).
         bytes_: the amounts are bytes (and shown as MB), otherwise plain counts.
     """
+    if not speaks():
+        yield lambda done, total: None
+        return
     bar = _terminal_bar if sys.stderr.isatty() else _log_lines
     with bar(title, total, bytes_) as advance:
         yield advance

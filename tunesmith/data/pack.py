@@ -52,6 +52,7 @@ class Step(Generic[E]):
         cursor: the place after this step; a stream started there goes on with the next one.
         epoch: how many epochs of rows have been looked at, 1.5 in the middle of the second.
         dropped: rows that were looked at for this step and left out, by reason.
+        spare: a row of the step for a process of several that has none; see `deal`.
     """
 
     number: int
@@ -59,6 +60,7 @@ class Step(Generic[E]):
     cursor: Cursor
     epoch: float
     dropped: dict[str, int] = field(default_factory=dict)
+    spare: list[E] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -167,34 +169,38 @@ class StepStream(Generic[E]):
 
     def _step(self, number: int, rows: list[E], cursor: Cursor, dropped: dict[str, int]) -> Step[E]:
         epoch = cursor.epoch + cursor.position / len(self.mixture)
-        return Step(number, self._cut(rows), cursor, epoch, dropped)
+        return Step(number, cut(rows, self.sizes), cursor, epoch, dropped)
 
-    def _cut(self, rows: list[E]) -> list[list[E]]:
-        """Micro-batches, as few as the sizes allow, and as even in tokens as so few can be: the largest is the peak."""
-        ordered = _side_by_side(rows)
-        cut, most = _in_order(ordered, self.sizes), self.sizes.micro_batch_tokens or 0
-        low = max(1, sum(len(row.ids) for row in rows) // len(cut))
-        while low < most:  # the smallest size with which there are no more of them
-            middle = (low + most) // 2
-            found = _in_order(ordered, replace(self.sizes, micro_batch_tokens=middle))
-            if len(found) == len(cut):
-                cut, most = found, middle
-            else:
-                low = middle + 1
-        return cut
+
+def cut(rows: Sequence[E], sizes: Sizes) -> list[list[E]]:
+    """Micro-batches, as few as the sizes allow, and as even in tokens as so few can be; none for no rows.
+
+    The largest is the peak. Those that begin alike are side by side.
+    """
+    ordered = _side_by_side(rows)
+    found, most = _in_order(ordered, sizes), sizes.micro_batch_tokens or 0
+    low = max(1, sum(len(row.ids) for row in rows) // max(1, len(found)))
+    while low < most:  # the smallest size with which there are no more of them
+        middle = (low + most) // 2
+        other = _in_order(ordered, replace(sizes, micro_batch_tokens=middle))
+        if len(other) == len(found):
+            found, most = other, middle
+        else:
+            low = middle + 1
+    return found
 
 
 def _in_order(rows: Sequence[E], sizes: Sizes) -> list[list[E]]:
     """Rows one after another, a new micro-batch where one is full."""
-    cut: list[list[E]] = [[]]
+    found: list[list[E]] = []
     tokens = 0
     for row in rows:
-        if not sizes.micro_takes(len(cut[-1]) + 1, tokens + len(row.ids)):
-            cut.append([])
+        if not found or not sizes.micro_takes(len(found[-1]) + 1, tokens + len(row.ids)):
+            found.append([])
             tokens = 0
-        cut[-1].append(row)
+        found[-1].append(row)
         tokens += len(row.ids)
-    return cut
+    return found
 
 
 def _side_by_side(rows: Sequence[E]) -> list[E]:

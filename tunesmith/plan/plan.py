@@ -70,6 +70,7 @@ class Plan:
         seconds: None where the machine has not been measured.
         exact_activations: they were traced through the model rather than estimated from its shape.
         recompute: what is computed again in the backward, where that was chosen (`choice.Choice`); else None.
+        layout: processes and what each sends, where there are several (`spread.Spread`); memory is then of one.
     """
 
     parameters: Parameters
@@ -80,6 +81,7 @@ class Plan:
     seconds: float | None = None
     exact_activations: bool = False
     recompute: dict[str, Any] | None = None
+    layout: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers under the fixed keys."""
@@ -92,6 +94,7 @@ class Plan:
             "seconds": self.seconds,
             "activations": "traced" if self.exact_activations else "estimated",
             "recompute": self.recompute,
+            "layout": self.layout,
         }
 
 

@@ -40,8 +40,9 @@ def show_plan(plan: dict[str, Any], width: int = 36) -> RenderableType:
         if memory[key]:
             table.add_row(name, in_bytes(memory[key]), Text(bar(memory[key], largest, width), style=colour))
     table.add_row("total", Text(in_bytes(memory["total_bytes"]), style="bold"), Text(_notes(plan), style="dim"))
-    line = choice_line(plan["recompute"]) if plan.get("recompute") else ""
-    return Group(Text(_headline(plan)), Text(), table, Text(), Text(_work(plan)), *([Text(line)] if line else []))
+    lines = [choice_line(plan["recompute"])] if plan.get("recompute") else []
+    lines += [_spread(plan["layout"])] if plan.get("layout") else []
+    return Group(Text(_headline(plan)), Text(), table, Text(), Text(_work(plan)), *map(Text, lines))
 
 
 def bar(value: float, largest: float, width: int) -> str:
@@ -56,6 +57,12 @@ def _headline(plan: dict[str, Any]) -> str:
     total, trained = plan["parameters"]["total"], plan["parameters"]["trainable"]
     share = 100 * trained / total if total else 0.0
     return f"{total:,} parameters, {trained:,} of them trained ({share:.3g} %)"
+
+
+def _spread(layout: dict[str, Any]) -> str:
+    held = "each holds all" if layout["shard"] == "none" else layout["shard"]
+    sent = in_bytes(layout["sent_bytes"])
+    return f"{layout['processes']} processes ({held}), each with this memory; each sends {sent} a step"
 
 
 def _notes(plan: dict[str, Any]) -> str:

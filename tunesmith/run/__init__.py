@@ -10,8 +10,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,19 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.config import Config
 from tunesmith.core.errors import CheckpointError
 from tunesmith.core.files import canonical_json, write_atomic
+from tunesmith.core.process import speaks
+from tunesmith.data.deal import dealt
 from tunesmith.evaluate.metrics import OF_PROBLEM
+from tunesmith.parallel.launch import is_restarted, started
+from tunesmith.parallel.layout import Layout, LayoutSection, layout_of
+from tunesmith.parallel.world import ALONE, Alone
 from tunesmith.run.folder import RunFolder, check_state, check_writable, locked, machine, versions
 from tunesmith.run.prepare import Prepared, prepare
 from tunesmith.run.stopping import stoppable
 
 if TYPE_CHECKING:
     from tunesmith.adapt.adapter import Adapter
+    from tunesmith.data.pack import Cursor
     from tunesmith.models.load import Loaded
     from tunesmith.models.policy import Policy
     from tunesmith.models.trunk import Trunk
@@ -43,27 +49,48 @@ def run(config: Config, *, resume: bool = False, before: bool = True) -> Path:
     Raises: any TunesmithError; what was saved before stays, and `resume` goes on from there. Signals become Stopped.
     """
     folder = RunFolder(config.out)
-    with stoppable(folder):
-        return _run(config, folder, resume, before)
+    with stoppable(folder), world_of(config.layout) as world:
+        return _run(config, folder, resume or (is_restarted() and folder.exists), before, world)
 
 
-def _run(config: Config, folder: RunFolder, resume: bool, before: bool) -> Path:
-    check_writable(folder.path)
-    check_state(folder, config, resume)
-    if folder.is_finished:
+def _run(config: Config, folder: RunFolder, resume: bool, before: bool, world: Alone) -> Path:
+    def is_finished() -> bool:
+        check_writable(folder.path)
+        check_state(folder, config, resume)
+        return folder.is_finished
+
+    if world.first(is_finished):
         say(f"{folder.path}: this run is finished; nothing to do")
         return folder.path
-    prepared = prepare(config)
+    prepared = world.in_turn(lambda: prepare(config))
     for line in prepared.lines():
         say(line)
-    with locked(folder):
-        check_state(folder, config, resume)  # again: another process may have been here since
-        _check_data(folder, prepared)
+    with ExitStack() as stack:
+
+        def open_folder() -> None:
+            stack.enter_context(locked(folder))
+            check_state(folder, config, resume)  # again: another process may have been here since
+            _check_data(folder, prepared)
+
+        world.first(open_folder)
         libraries = _seconds_of_libraries()  # only now: what is wrong with a run is said without them
-        with _withdrawn_on_error(folder, config):
-            ready = _make_ready(prepared, folder)
+        with _withdrawn_on_error(folder, config) if world.is_first else nullcontext():
+            ready = _make_ready(prepared, folder, world)
         _carry_out(ready, folder, resume, before, libraries)
     return folder.path
+
+
+@contextmanager
+def world_of(section: LayoutSection) -> Iterator[Alone]:
+    """The processes of a run while the block runs. Raises ConfigError where they are not those of the layout."""
+    rank, size = started(section, "tunesmith launch CONFIG")
+    if size == 1:
+        yield ALONE
+        return
+    from tunesmith.parallel.world import joined
+
+    with joined(rank, size) as world:
+        yield world
 
 
 def _seconds_of_libraries() -> float:
@@ -79,7 +106,8 @@ def _seconds_of_libraries() -> float:
 
 def say(line: str) -> None:
     """One line for the person who watches."""
-    print(line, file=sys.stderr, flush=True)
+    if speaks():
+        print(line, file=sys.stderr, flush=True)
 
 
 def _check_data(folder: RunFolder, prepared: Prepared) -> None:
@@ -118,38 +146,58 @@ class _Ready:
     prepared: Prepared
     loaded: Loaded
     judge: Judge
+    layout: Layout
+    compute: str
+    recompute: dict[str, Any] | None
 
 
-def _make_ready(prepared: Prepared, folder: RunFolder) -> _Ready:
+def _make_ready(prepared: Prepared, folder: RunFolder, world: Alone) -> _Ready:
     from tunesmith.kernels.build import made_with
-    from tunesmith.models.load import load
-    from tunesmith.plan.choice import check_fits
-    from tunesmith.plan.show import show_plan
     from tunesmith.run.judging_heads import judge_of
-    from tunesmith.run.planning import plan_run
-    from tunesmith.train.precision import resolve
     from tunesmith.train.probe import choose_threads
 
-    config = prepared.config
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    # what the others have to say is what went wrong
+    level = logging.INFO if world.is_first else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("transformers", "urllib3", "datasets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    gain = choose_threads()
+    chosen = world.first(lambda: _planned(prepared, folder, gain))
+    loaded = _load(prepared, chosen["precision"])
+    layout = layout_of(prepared.config.layout, world)
+    if world.is_first:
+        folder.record(
+            status="running", versions=versions(), machine=machine(), kernels=made_with(), data=prepared.data_facts(),
+            seed=prepared.config.train.seed, model=_model_facts(loaded, prepared.config.model), **chosen,
+        )  # fmt: skip
+    return _Ready(prepared, loaded, judge_of(prepared, folder.path), layout, chosen["precision"], chosen["recompute"])
+
+
+def _load(prepared: Prepared, compute: str) -> Loaded:
+    from tunesmith.models.load import load
+
+    loaded = load(str(prepared.folder), dtype=compute)  # type: ignore[arg-type]
+    loaded.predicts = prepared.problem
+    return loaded
+
+
+def _planned(prepared: Prepared, folder: RunFolder, gain: float) -> dict[str, Any]:
+    """Plans the run, and answers what it chose for all processes."""
+    from tunesmith.plan.choice import check_fits
+    from tunesmith.plan.show import show_plan
+    from tunesmith.run.planning import plan_run
+    from tunesmith.train.precision import resolve
+
     # a resumed run computes as it began, wherever it goes on
-    compute = folder.facts.get("precision") or resolve(config.precision)
-    say(_how(compute, choose_threads()))
+    compute = folder.facts.get("precision") or resolve(prepared.config.precision)
+    say(_how(compute, gain))
     before = folder.facts.get("recompute")
     plan = plan_run(prepared, chosen=before)
     if before is None:
         check_fits(plan)
     write_atomic(folder.path / "plan.json", canonical_json(plan.as_dict(), indent=1) + "\n")
     _print(show_plan(plan.as_dict()))
-    loaded = load(str(prepared.folder), dtype=compute)
-    loaded.predicts = prepared.problem
-    folder.record(
-        status="running", versions=versions(), machine=machine(), kernels=made_with(), data=prepared.data_facts(),
-        precision=compute, recompute=plan.recompute, seed=config.train.seed, model=_model_facts(loaded, config.model),
-    )  # fmt: skip
-    return _Ready(prepared, loaded, judge_of(prepared, folder.path))
+    return {"precision": compute, "recompute": plan.recompute}
 
 
 def _how(compute: str, gain: float) -> str:
@@ -170,17 +218,21 @@ def _carry_out(ready: _Ready, folder: RunFolder, resume: bool, before: bool, lib
     from tunesmith.models.policy import Policy
     from tunesmith.run.planning import recomputed
 
-    prepared, loaded, judge = ready.prepared, ready.loaded, ready.judge
-    config = prepared.config
+    prepared, loaded, judge, layout = ready.prepared, ready.loaded, ready.judge, ready.layout
+    config, is_first = prepared.config, layout.world.is_first
     say(_started(libraries))
-    if before:
+    if before and is_first:
         judge.before(loaded)
     adapter = config.method.attach(loaded, seed=config.train.seed)
-    how = recomputed(config, folder.facts.get("recompute"))
+    how = recomputed(config, ready.recompute)
     policy = Policy(loaded, adapter.route, recompute=how, packed=config.data.packing)
-    result = _train(prepared, folder, adapter, policy, judge, resume)
+    result = _train(ready, folder, adapter, policy, resume)
+    weights = layout.whole(layout.pieces) if layout.in_step else {}
+    if not is_first:
+        return
+    adapter = _made_whole(ready, weights) if weights else adapter
     saved = adapter.save(folder.path)
-    judge.after(loaded, adapter.route, config.method.kind)
+    judge.after(adapter.loaded, adapter.route, config.method.kind)
     folder.record(measured=_measured(result), result={**asdict(result), "saved": saved.name})
     folder.record(status="finished")
     report = write_report(folder.path)
@@ -217,40 +269,65 @@ class _Tuned:
         self.memory, self.penalty, self.after_step = adapter.memory, adapter.penalty, adapter.after_step
 
 
-def _train(
-    prepared: Prepared, folder: RunFolder, adapter: Adapter, policy: Policy, judge: Judge, resume: bool
-) -> Result:
+def _train(ready: _Ready, folder: RunFolder, adapter: Adapter, policy: Policy, resume: bool) -> Result:
     from tunesmith.models.trunk import Trunk
-    from tunesmith.train.log import TensorBoard
-    from tunesmith.train.progress import training_progress
     from tunesmith.train.trainer import train
 
+    prepared, layout = ready.prepared, ready.layout
     config = prepared.config
     with ExitStack() as stack:
-        observers: list[Any] = [stack.enter_context(training_progress(prepared.totals.steps))]
-        if "tensorboard" in config.log:
-            observers.append(stack.enter_context(closing(TensorBoard(folder.path / "tensorboard"))))
         trunk = None
         if config.train.cache_trunk:
             trunk = policy.trunk = Trunk(adapter.loaded, folder.path / "cache", config.train.cache_trunk)
             stack.callback(trunk.close)
+        tuned = layout.adopt(_Tuned(adapter, policy, trunk))
         result = train(
-            _Tuned(adapter, policy, trunk),
-            prepared.stream,
+            tuned,
+            _stream(prepared, layout.world),
             config.objective,
             config.train,
             config.precision,
             folder.path,
             total_steps=prepared.totals.steps,
-            evaluate=judge.during(adapter.loaded, policy) if config.evaluate.every else None,
+            evaluate=ready.judge.during(adapter.loaded, tuned.policy) if config.evaluate.every else None,
             evaluate_every=config.evaluate.every,
-            observers=observers,
+            observers=_observers(prepared, folder, stack) if layout.world.is_first else (),
             resume=resume,
+            layout=layout,
         )
         if trunk is not None:
             policy.trunk = None
             trunk.remove()
         return result
+
+
+def _observers(prepared: Prepared, folder: RunFolder, stack: ExitStack) -> list[Any]:
+    from tunesmith.train.log import TensorBoard
+    from tunesmith.train.progress import training_progress
+
+    observers: list[Any] = [stack.enter_context(training_progress(prepared.totals.steps))]
+    if "tensorboard" in prepared.config.log:
+        observers.append(stack.enter_context(closing(TensorBoard(folder.path / "tensorboard"))))
+    return observers
+
+
+def _stream(prepared: Prepared, world: Alone) -> Callable[[Cursor], Iterable[Any]]:
+    """The steps of the data, with this process's rows."""
+    if world.size == 1:
+        return prepared.stream
+    return lambda cursor: dealt(prepared.stream(cursor), prepared.sizes, world.rank, world.size)
+
+
+def _made_whole(ready: _Ready, weights: dict[str, Any]) -> Adapter:
+    """The base from its files once more, with what was trained: a model in parts cannot be put together in place."""
+    import torch
+
+    config = ready.prepared.config
+    adapter = config.method.attach(_load(ready.prepared, ready.compute), seed=config.train.seed)
+    with torch.no_grad():
+        for name, parameter in adapter.parameters.items():
+            parameter.copy_(weights[name])
+    return adapter
 
 
 def _model_facts(loaded: Loaded, name: str) -> dict[str, Any]:
@@ -271,4 +348,5 @@ def _measured(result: Result) -> dict[str, Any]:
 def _print(what: Any) -> None:
     from rich.console import Console
 
-    Console(stderr=True, highlight=False).print(what)
+    if speaks():
+        Console(stderr=True, highlight=False).print(what)

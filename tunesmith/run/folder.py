@@ -99,7 +99,9 @@ def check_state(folder: RunFolder, config: Config, resume: bool) -> None:
             where=f"out: {folder.path}",
             hint="--resume goes on with it; another out: begins a new one",
         )
-    changed = differences(folder.config, as_dict(config))
+    # how a run is spread may change: checkpoints do not depend on it
+    found = differences(folder.config, as_dict(config))
+    changed = [told for told in found if not told.startswith("layout.")]
     if changed:
         raise CheckpointError(
             "the configuration is not the one the run was begun with: " + "; ".join(changed),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.data.deal import deal
+from tunesmith.data.pack import cut
 from tunesmith.run.prepare import Prepared
 
 if TYPE_CHECKING:
@@ -27,9 +29,11 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
     from tunesmith.models.recompute import Blocks
     from tunesmith.plan.choice import cheapest
     from tunesmith.plan.compute import calibrate
+    from tunesmith.plan.memory import tensor_specs
     from tunesmith.plan.plan import Workload, make_plan
     from tunesmith.plan.room import room_bytes
     from tunesmith.plan.shape import read_shape
+    from tunesmith.plan.spread import Spread
     from tunesmith.train.precision import resolve
 
     config = prepared.config
@@ -37,7 +41,8 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
     loaded = open_meta(prepared)
     adapter = config.method.attach(loaded, seed=config.train.seed)
     policy = Policy(loaded, adapter.route, packed=config.data.packing)
-    lengths, share = _micro_batch(prepared)
+    lengths, share, micro_batches = _micro_batch(prepared)
+    spread = Spread(config.layout.data, config.layout.shard, micro_batches)
     totals = prepared.totals
     shape = read_shape(prepared.folder)
     model = loaded.model if adapter.head is None else nn.ModuleList([loaded.model, adapter.head])
@@ -45,21 +50,24 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
 
     def made(how: How | Recompute) -> Plan:
         policy.recompute(how)
-        return make_plan(
+        trained = list(adapter.parameters.values())
+        found = make_plan(
             model,
             shape,
             Workload(totals.steps, totals.tokens, lengths, share, config.objective.predicts),
-            trainable=list(adapter.parameters.values()),
+            trainable=trained,
             loss=lambda batch: config.objective.loss(policy, batch).total,
             master=config.precision.master,
             calibration=calibration,
         )
+        return spread.applied(found, tensor_specs(model, trained))
 
     if config.train.recompute != "auto":
         return made(config.train.recompute)
     if chosen is not None:
         return replace(made(recomputed(config, chosen)), recompute=chosen)
-    return cheapest(made, Blocks(loaded.model, loaded.family).count, room_bytes())
+    # the processes share what there is
+    return cheapest(made, Blocks(loaded.model, loaded.family).count, room_bytes() // config.layout.processes)
 
 
 def recomputed(config: Config, chosen: dict[str, Any] | None) -> How | Recompute:
@@ -81,17 +89,22 @@ def open_meta(prepared: Prepared) -> Loaded:
     return loaded
 
 
-def _micro_batch(prepared: Prepared) -> tuple[tuple[int, ...], float]:
-    """Lengths of the largest micro-batch among the first steps, and the share of its tokens that is supervised."""
+def _micro_batch(prepared: Prepared) -> tuple[tuple[int, ...], float, float]:
+    """Lengths of the largest micro-batch among the first steps, the share of its tokens that is supervised, and how
+    many micro-batches a process makes in a step."""
     from itertools import islice
 
     from tunesmith.data.pack import Cursor
 
     largest: list[Any] = []
+    counts = []
     for step in islice(prepared.stream(Cursor()), 8):
-        for rows in step.micro_batches:
+        hands = [cut(rows, prepared.sizes) for rows in deal(step, prepared.config.layout.data)]
+        counts.append(max(map(len, hands)))
+        for rows in (rows for hand in hands for rows in hand):
             if sum(len(row.ids) for row in rows) > sum(len(row.ids) for row in largest):
                 largest = rows
     tokens = sum(len(row.ids) for row in largest)
     supervised = sum(sum(row.supervised) for row in largest)
-    return tuple(len(row.ids) for row in largest), supervised / max(1, tokens)
+    lengths = tuple(len(row.ids) for row in largest)
+    return lengths, supervised / max(1, tokens), sum(counts) / max(1, len(counts))

@@ -6,7 +6,7 @@ the masters. What is trained is decided by the caller: exactly the tensors given
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 import torch
@@ -26,6 +26,7 @@ class AdamW:
     Args:
         masters: what is trained, by name. Raises AdapterError when there is nothing, or a tensor twice.
         lr_factors: what the learning rate of some of them is multiplied by, by name.
+        matrices: names of those that are decayed; None looks at their axes. A layout may hand in parts, which are flat.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class AdamW:
         *,
         weight_decay: float = 0.0,
         lr_factors: Mapping[str, float] = MappingProxyType({}),
+        matrices: Collection[str] | None = None,
     ) -> None:
         if not masters:
             raise AdapterError("nothing is trainable", where="method")
@@ -42,7 +44,7 @@ class AdamW:
         self.masters = dict(masters)
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, master in masters.items():
-            decay = weight_decay if master.ndim >= 2 else 0.0
+            decay = weight_decay if (master.ndim >= 2 if matrices is None else name in matrices) else 0.0
             groups.setdefault((decay, lr_factors.get(name, 1.0)), []).append(master)
         self.inner = torch.optim.AdamW(
             [{"params": held, "weight_decay": decay, "lr_factor": factor} for (decay, factor), held in groups.items()],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,11 +33,15 @@ def accumulate(
     precision: Precision,
     layout: Layout,
     reseed: Callable[[int], None] = lambda micro: None,
+    spare: Batch | None = None,
 ) -> float:
     """Adds the gradient of a step to the masters and answers its loss, the mean over the units of all batches.
 
     The division is by the weight of all micro-batches of all processes, so that neither how a step is cut nor
     how its units are spread changes the result. `reseed(micro)` is called before each forward pass.
+
+    Args:
+        spare: what is computed, and weighs nothing, where all processes must compute at once and this one has done.
 
     Raises DataError when the step has no units, DivergedError when its loss is not finite.
     """
@@ -45,41 +49,49 @@ def accumulate(
     weight = layout.sum(sum(weights))
     if weight <= 0:
         raise DataError(
-            f"nothing in this step is supervised; its rows are {named_rows(batches)}",
+            f"nothing in this step is supervised; its rows are {layout.world.named(named_rows(batches))}",
             where="data.train",
             hint="do these rows have a completion, and does it survive data.max_length?",
         )
+    taught = [(micro, batch) for micro, batch in enumerate(batches) if weights[micro]]
     totals: list[Tensor] = []
-    seen: list[Batch] = []
-    for micro, batch in enumerate(batches):
-        if weights[micro] == 0:
-            continue
-        reseed(micro)
-        total = objective.loss(policy, batch).total
-        precision.backward(total / weight)
-        totals.append(total.detach())
-        seen.append(batch)
+    for turn in range(int(layout.world.most(len(taught)))):
+        if turn < len(taught):
+            micro, batch = taught[turn]
+            reseed(micro)
+            total = objective.loss(policy, batch).total
+            precision.backward(total / weight)
+            totals.append(total.detach())
+        elif layout.in_step and spare is not None:
+            precision.backward(objective.loss(policy, spare).total * 0.0)
+        layout.passed()
     # read once a step: an accelerator need not wait for each micro-batch
     values = torch.stack(totals).double().tolist() if totals else []
-    wrong = [batch for batch, value in zip(seen, values, strict=True) if not math.isfinite(value)]
+    wrong = [batch for (_, batch), value in zip(taught, values, strict=True) if not math.isfinite(value)]
     loss = layout.sum(math.fsum(values) if not wrong else math.nan) / weight
     if not math.isfinite(loss):
-        raise DivergedError(f"the loss is not a finite number; rows {named_rows(wrong)}")
+        raise DivergedError(f"the loss is not a finite number; rows {layout.world.named(named_rows(wrong))}")
     return loss
 
 
-def fill_missing(masters: dict[str, nn.Parameter], first: bool) -> None:
+def fill_missing(masters: dict[str, nn.Parameter], first: bool, unreached: Collection[str] | None = None) -> None:
     """Gives zero gradients to tensors that no loss reached, naming them once.
 
     They stay in the optimizer's step, so that one counter serves all. Raises ModelError when none was reached.
+
+    Args:
+        unreached: what no process's loss reached, as `Layout.reduce` answers; None looks at the tensors here.
     """
-    missing = [name for name, master in masters.items() if master.grad is None]
+    missing = (
+        [name for name, master in masters.items() if master.grad is None] if unreached is None else sorted(unreached)
+    )
     if len(missing) == len(masters):
         raise ModelError(f"no gradient reaches anything that is declared trainable ({_some(missing)})", where="method")
     if missing and first:
         log.warning("no gradient reaches %d trainable tensors: %s", len(missing), _some(missing))
     for name in missing:
-        masters[name].grad = torch.zeros_like(masters[name])
+        if masters[name].grad is None:
+            masters[name].grad = torch.zeros_like(masters[name])
 
 
 def update(
@@ -98,16 +110,19 @@ def update(
 
     Raises DivergedError when the norm is not finite, before anything has changed.
     """
-    gradients = [master.grad for master in precision.masters.values() if master.grad is not None]
+    gradients = [master.grad for master in optimizer.masters.values() if master.grad is not None]
     norm = float(layout.norm(gradients))
     if not math.isfinite(norm):
-        raise DivergedError(f"the norm of the gradient is not a finite number; rows {named_rows(rows)}")
+        raise DivergedError(
+            f"the norm of the gradient is not a finite number; rows {layout.world.named(named_rows(rows))}"
+        )
     if clip and norm > clip:
         torch._foreach_mul_(gradients, clip / norm)
     optimizer.step(lr)
-    precision.publish()
+    layout.publish(precision, optimizer.masters)
     then()
     precision.clear()
+    layout.clear()
     return norm
 
 

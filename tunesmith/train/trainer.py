@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tunesmith.core.errors import CheckpointError, ConfigError, DataError, DivergedError
+from tunesmith.core.errors import ConfigError, DataError, DivergedError
 from tunesmith.core.rng import seed_for
 from tunesmith.kernels.build import made_with
 from tunesmith.parallel.layout import Layout, Single
-from tunesmith.train.checkpoint import MEMORY, MOMENTS, WEIGHTS, Checkpoint, Checkpoints, State
+from tunesmith.train.checkpoint import State
+from tunesmith.train.held import held_bytes, storage_bytes
+from tunesmith.train.keeper import Keeper
 from tunesmith.train.log import MetricsLog, peak_bytes
-from tunesmith.train.optim import FIRST, SECOND, AdamW
+from tunesmith.train.optim import AdamW
 from tunesmith.train.phases import span_of, train_only
 from tunesmith.train.precision import Precision
 from tunesmith.train.schedule import learning_rate
@@ -80,10 +82,12 @@ def train(
     run.collate = collate or _to_batch
     with ExitStack() as stack:
         stack.enter_context(closing(run.precision))
+        stack.enter_context(closing(run.layout))
         # the caller's random state is his own
         stack.enter_context(torch.random.fork_rng(devices=run.cuda_devices))
         run.begin(resume)
-        run.metrics = stack.enter_context(closing(MetricsLog(folder / "metrics.jsonl", run.logged_step)))
+        if run.is_first:
+            run.metrics = stack.enter_context(closing(MetricsLog(folder / "metrics.jsonl", run.logged_step)))
         with Signals() as run.signals:
             run.loop(stream_from)
         run.take_best()
@@ -111,21 +115,24 @@ class _Run:
         layout: Layout,
     ) -> None:
         self.policy, self.objective, self.settings, self.layout = tuned.policy, objective, settings, layout
+        self.world, self.is_first = layout.world, layout.world.is_first
         self.total_steps = total_steps
         self.precision = Precision(tuned.parameters, precision, getattr(tuned, "stored", lambda name, held: None))
+        self.pieces = layout.hold(self.precision)
+        self.matrices = {name for name, value in tuned.parameters.items() if value.ndim >= 2}
         self.phases = tuple(getattr(tuned, "phases", ()))
         self.lr_factors = dict(getattr(tuned, "lr_factors", {}))
-        self.memory = {MEMORY + name: value for name, value in getattr(tuned, "memory", {}).items()}
         self.penalty = getattr(tuned, "penalty", lambda: None)
         self.after_step = getattr(tuned, "after_step", lambda step, total_steps: None)
         self.on_phase = getattr(tuned, "on_phase", lambda number: None)
         self._enter(1)
-        self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
+        self.keeper = Keeper(folder, settings.keep, layout, getattr(tuned, "memory", {}))
         self.state = State()
         self.device = next(iter(tuned.parameters.values())).device
         self.cuda_devices = [self.device] if self.device.type == "cuda" else []
         self.resumed_step, self.earlier_seconds, self.start = 0, 0.0, time.monotonic()
-        self.saved_step, self.weights_step = -1, 0
+        self.weights_step = 0
+        self.held_bytes: dict[str, int] = {}
 
     # beginning
 
@@ -137,48 +144,42 @@ class _Run:
         self.span = span
         train_only(self.precision.parameters, span.names)
         self.on_phase(span.number)
-        masters = {name: self.precision.masters[name] for name in span.names}
-        self.optimizer = AdamW(masters, weight_decay=self.settings.weight_decay, lr_factors=self.lr_factors)
+        pieces = {name: self.pieces[name] for name in span.names}
+        decay, factors = self.settings.weight_decay, self.lr_factors
+        self.optimizer = AdamW(pieces, weight_decay=decay, lr_factors=factors, matrices=self.matrices)
         return True
 
     def begin(self, resume: bool) -> None:
         """Starts at step 0, or where the newest complete checkpoint ends."""
+        self.world.sent()  # what came before is not the first step's
         if not resume:
-            if self.checkpoints.steps():
-                raise ConfigError(
-                    "there are checkpoints of another run", where=str(self.checkpoints.folder), hint="--resume"
-                )
+            self.keeper.check_fresh()
             return
-        self.checkpoints.sweep()
-        found = self.checkpoints.newest()
-        if found is None:
+        known = self.keeper.newest()
+        if known is None:
             log.warning("no checkpoint yet: starting at step 0")
             return
-        self._adopt(found)
-        # the process before may have died between saving and pruning
-        self.checkpoints.prune(self.state.best_step)
+        self._adopt(known)
+        self.keeper.prune(self.state.best_step)
         log.info("resuming after step %d", self.state.step)
 
-    def _adopt(self, found: Checkpoint) -> None:
-        found.read(WEIGHTS, self.precision.masters)
-        self._enter(max(1, found.state.step))
-        masters = self.optimizer.masters
-        moments = {kind + name: torch.empty_like(masters[name]) for name in masters for kind in (FIRST, SECOND)}
-        found.read(MOMENTS, moments | self.memory)
-        self.optimizer.restore(moments, found.state.step - self.span.before_steps)
-        self.precision.publish()
-        self.state = found.state
-        self.resumed_step = self.saved_step = self.weights_step = found.state.step
-        self.earlier_seconds = found.elapsed_seconds
-        if found.torch_version != torch.__version__:
-            told = (found.torch_version, torch.__version__)
+    def _adopt(self, known: dict[str, Any]) -> None:
+        self.state = State(**known["state"])
+        self.keeper.read_weights(self.pieces)
+        self._enter(max(1, self.state.step))
+        self.keeper.read_moments(self.optimizer, self.state.step - self.span.before_steps)
+        self.layout.publish(self.precision, self.pieces)
+        self.resumed_step = self.keeper.saved_step = self.weights_step = self.state.step
+        self.earlier_seconds = known["elapsed_seconds"]
+        if known["torch_version"] != torch.__version__:
+            told = (known["torch_version"], torch.__version__)
             log.warning("the checkpoint is by torch %s, this is %s: results may differ in the last bits", *told)
-        with_what = (found.kernels, made_with())
-        if found.kernels and len(set(with_what)) > 1:
+        with_what = (known["kernels"], made_with())
+        if known["kernels"] and len(set(with_what)) > 1:
             log.warning("the checkpoint was made with %s, this is %s: results may differ in the last bits", *with_what)
-        if found.threads != torch.get_num_threads():
-            log.warning("using %d threads, as the run did before", found.threads)
-            torch.set_num_threads(found.threads)
+        if known["threads"] != torch.get_num_threads():
+            log.warning("using %d threads, as the run did before", known["threads"])
+            torch.set_num_threads(known["threads"])
 
     @property
     def logged_step(self) -> int:
@@ -199,7 +200,8 @@ class _Run:
             record["cpu_seconds"] = round(time.process_time() - worked, 6)
             record["step_seconds"] = round(time.monotonic() - began, 6)
             record["tokens_per_second"] = round(record["tokens"] / max(record["step_seconds"], 1e-6), 3)
-            record["peak_bytes"] = peak_bytes(self.device)
+            record["peak_bytes"] = int(self.world.most(peak_bytes(self.device)))
+            record |= self.world.sent()
             self._after(record, self._reason(is_last))
             if self.state.reason:
                 return
@@ -211,14 +213,19 @@ class _Run:
         if self._enter(number):
             log.info("step %d: phase %d, %d tensors train", number, self.span.number, len(self.span.names))
         batches = [self.collate(examples).to(self.device) for examples in step.micro_batches]
+        spare = self.collate(step.spare).to(self.device) if self.layout.in_step else None
         lr = learning_rate(self.settings, number, self.total_steps)
         self.policy.train(True)
         try:
-            loss = accumulate(self.objective, self.policy, batches, self.precision, self.layout, self._reseed(number))
-            more = self.penalty()
-            if more is not None:
-                self.precision.backward(more)
-            fill_missing(self.optimizer.masters, first=number == self.resumed_step + 1)
+            loss = accumulate(
+                self.objective, self.policy, batches, self.precision, self.layout, self._reseed(number), spare
+            )
+            self._penalise()
+            first = number == self.resumed_step + 1
+            if first:
+                gradients_bytes = storage_bytes(self.layout.gradients())
+            unreached = self.layout.reduce(self.span.names)
+            fill_missing(self.optimizer.masters, first, unreached)
             norm = update(
                 self.optimizer, self.precision, self.layout, lr=lr, clip=self.settings.clip, rows=batches,
                 then=lambda: self.after_step(number, self.total_steps),
@@ -228,8 +235,13 @@ class _Run:
         finally:
             self.policy.train(False)
             self.precision.clear()
-        tokens, rows = sum(int(b.ids.numel()) for b in batches), sum(len(b.rows) for b in batches)
-        supervised = sum(int(b.targets.numel()) for b in batches)
+            self.layout.clear()
+        if first:
+            held = held_bytes(self.policy, self.precision, self.pieces, self.optimizer)
+            self.held_bytes = {**held, "gradients_bytes": gradients_bytes}
+        counts = [(b.ids.numel(), len(b.rows), b.targets.numel(), 1) for b in batches]
+        sums = self.world.sums([float(sum(count)) for count in zip((0, 0, 0, 0), *counts, strict=True)])
+        tokens, rows, supervised, micro_batches = map(int, sums)
         state.step, state.cursor, state.epoch = number, asdict(step.cursor), step.epoch
         state.tokens, state.rows = state.tokens + tokens, state.rows + rows
         state.supervised_tokens += supervised
@@ -238,16 +250,26 @@ class _Run:
         self.weights_step = number
         return {
             "step": number, "epoch": step.epoch, "loss": loss, "lr": lr, "grad_norm": norm, "rows": rows,
-            "micro_batches": len(batches), "tokens": tokens, "supervised_tokens": supervised,
+            "micro_batches": micro_batches, "tokens": tokens, "supervised_tokens": supervised,
             "total_tokens": state.tokens,
         }  # fmt: skip
 
     def _reseed(self, step: int) -> Callable[[int], None]:
-        return lambda micro: _seed_all(seed_for(self.settings.seed, "dropout", step, micro))
+        others = (self.world.rank,) if self.world.rank else ()
+        return lambda micro: _seed_all(seed_for(self.settings.seed, "dropout", step, micro, *others))
+
+    def _penalise(self) -> None:
+        """What the method adds to the loss for the parameters' sake: once, whatever the number of processes."""
+        more = self.penalty()
+        if more is None:
+            return
+        if self.is_first:
+            self.precision.backward(more)
+        self.layout.passed()
 
     def _diverged(self, error: DivergedError, step: int) -> DivergedError:
-        saved = self.saved_step >= 0
-        kept = f"the last checkpoint is {self.checkpoints.path(self.saved_step)}" if saved else "nothing was saved yet"
+        step_saved, checkpoints = self.keeper.saved_step, self.keeper.checkpoints
+        kept = f"the last checkpoint is {checkpoints.path(step_saved)}" if step_saved >= 0 else "nothing was saved yet"
         hint = f"lower train.lr, or look at these rows; {kept}"
         return DivergedError(f"step {step}: {error.message}", where=error.where, hint=hint)
 
@@ -260,7 +282,7 @@ class _Run:
             return "epochs"
         if settings.tokens and state.tokens >= settings.tokens:
             return "tokens"
-        if settings.minutes and self.seconds() >= settings.minutes * 60:
+        if settings.minutes and self.world.most(self.seconds()) >= settings.minutes * 60:
             return "minutes"
         return ""
 
@@ -271,29 +293,45 @@ class _Run:
         state, every = self.state, self.evaluate_every
         due = self.evaluate is not None and every > 0 and (state.step % every == 0 or bool(reason))
         is_best = False
-        if due and not self.signals.exit_code:
-            try:
-                began = time.monotonic()
-                with self.signals.cuttable():
-                    metrics = self._metrics()
-            except Cut:
+        if due:
+            began = time.monotonic()
+            metrics = None if self._asked() else self._metrics()
+            if metrics is None:
+                self._asked()
                 self._save(pending=record, reason=reason)
-                raise self.signals.stopped(state.step) from None
+                raise self.signals.stopped(state.step)
             is_best, reason = self._judged(metrics, reason)
             record = {**record, **{f"eval_{name}": value for name, value in metrics.items()}}
             record["eval_seconds"] = round(time.monotonic() - began, 3)
-        elif due:
-            self._save(pending=record, reason=reason)
-            raise self.signals.stopped(state.step)
         state.reason, state.pending = reason, ""
         self._tell(record)
-        if reason or is_best or state.step % self.settings.save_every == 0 or self.signals.exit_code:
+        asked = self._asked()
+        if reason or is_best or state.step % self.settings.save_every == 0 or asked:
             self._save()
-        if self.signals.exit_code:
+        if asked:
             raise self.signals.stopped(state.step)
 
-    def _metrics(self) -> dict[str, float]:
-        """An evaluation that leaves no trace in what follows."""
+    def _asked(self) -> int:
+        """The exit code of a signal to any of the processes; 0 while there was none."""
+        asked = int(self.world.most(self.signals.exit_code))
+        if asked:
+            self.signals.exit_code = asked
+        return asked
+
+    def _metrics(self) -> dict[str, float] | None:
+        """An evaluation that leaves no trace in what follows; None where a signal has cut it off."""
+        if self.layout.in_step:  # the others wait for this process within it: it cannot be cut
+            return self._measured()
+        return self.world.first(self._measured_unless_cut)
+
+    def _measured_unless_cut(self) -> dict[str, float] | None:
+        try:
+            with self.signals.cuttable():
+                return self._measured()
+        except Cut:
+            return None
+
+    def _measured(self) -> dict[str, float]:
         assert self.evaluate is not None
         with torch.random.fork_rng(devices=self.cuda_devices):
             metrics = {name: float(value) for name, value in self.evaluate(self.state.step).items()}
@@ -313,6 +351,8 @@ class _Run:
         return is_best, reason
 
     def _tell(self, record: Record) -> None:
+        if not self.is_first:
+            return
         self.metrics.write(record)
         for observer in list(self.observers):
             try:
@@ -322,14 +362,13 @@ class _Run:
                 self.observers.remove(observer)
 
     def _save(self, pending: Record | None = None, reason: str = "") -> None:
-        """A checkpoint of now; older ones go only once it is on the disk."""
+        """A checkpoint of now."""
         if pending:
             # as text, because the order of its fields is part of metrics.jsonl
             self.state.pending, self.state.reason = json.dumps(pending), reason
-        self.metrics.sync()
-        self.checkpoints.save(self.state, self.precision.masters, self.optimizer.state() | self.memory, self.seconds())
-        self.saved_step = self.state.step
-        self.checkpoints.prune(self.state.best_step)
+        if self.is_first:
+            self.metrics.sync()
+        self.keeper.save(self.state, self.pieces, self.optimizer, self.seconds())
 
     def seconds(self) -> float:
         """Time that the run has taken, over all its processes."""
@@ -342,13 +381,10 @@ class _Run:
         best = self.state.best_step
         if best is None or best == self.state.step:
             return
-        try:
-            found = self.checkpoints.load(best)
-        except CheckpointError as error:
-            log.warning("the best checkpoint is damaged, the last weights are the result: %s", error)
+        if not self.keeper.holds(best):
             return
-        found.read(WEIGHTS, self.precision.masters)
-        self.precision.publish()
+        self.keeper.read_weights(self.pieces)
+        self.layout.publish(self.precision, self.pieces)
         self.weights_step = best
 
     def result(self) -> Result:
@@ -363,8 +399,9 @@ class _Run:
             rows=state.rows,
             dropped=dict(state.dropped),
             seconds=self.seconds(),
-            peak_bytes=peak_bytes(self.device),
+            peak_bytes=int(self.world.most(peak_bytes(self.device))),
             resumed_step=self.resumed_step,
+            ranks=self.world.told(self.held_bytes | {"peak_bytes": peak_bytes(self.device)} | self.world.total()),
         )
 
 

@@ -57,8 +57,10 @@ class Result:
         tokens, supervised_tokens, rows: consumed.
         dropped: rows that were met and left out, by reason.
         seconds: over all processes of the run.
-        peak_bytes: most memory used by this process.
+        peak_bytes: most memory used by a process.
         resumed_step: where this process began; 0 at the start.
+        ranks: bytes that each process held of every part in its first step, gradients at the end of the backward, and
+            the most memory it used; of several, also what each has sent. By rank.
     """
 
     step: int
@@ -72,3 +74,4 @@ class Result:
     seconds: float
     peak_bytes: int
     resumed_step: int
+    ranks: list[dict[str, Any]]

@@ -1,0 +1,60 @@
+"""The command that starts a layout of several processes, through torchrun."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tunesmith.cli.arguments import ConfigFile, Overrides
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this file's command to the program."""
+    app.command(name="launch")(launch)
+
+
+def launch(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run.")] = False,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Machines to spread the processes over.")] = 1,
+    endpoint: Annotated[
+        str, typer.Option("--endpoint", help="HOST or HOST:PORT where those of several machines meet.")
+    ] = "",
+    restarts: Annotated[int, typer.Option("--restarts", min=0, help="Times to go on by itself after a failure.")] = 0,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Print a batch script for Slurm instead.")] = False,
+    run: Annotated[bool, typer.Option("--run", help="Run it here instead of printing it.")] = False,
+) -> None:
+    """Print the torchrun line that tunes CONFIG with the processes of its layout."""
+    from tunesmith.config import load_config
+    from tunesmith.core.errors import ConfigError
+    from tunesmith.parallel.launch import Launch
+
+    layout = load_config(config, overrides).layout
+    if layout.processes == 1:
+        raise ConfigError("the layout is of one process", where="layout", hint=f"tunesmith tune {config}")
+    words = ["tune", config, *(overrides or []), *(["--resume"] if resume else [])]
+    line = Launch(layout, words, nodes, endpoint, restarts)
+    if run:
+        raise typer.Exit(_run(line.arguments()))
+    typer.echo(line.slurm() if slurm else line.line(), nl=not slurm)
+
+
+def _run(arguments: list[str]) -> int:
+    """Runs torchrun here and gives the exit code of the process that failed first; 8 where that was killed."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    from tunesmith.core.errors import PeerError
+    from tunesmith.core.signals import INTERRUPTED, TERMINATED
+
+    try:
+        run(parse_args(arguments))
+    except SignalException as error:
+        return INTERRUPTED if error.sigval.name == "SIGINT" else TERMINATED
+    except ChildFailedError as error:
+        code: int = error.get_first_failure()[1].exitcode
+        return code if code > 0 else PeerError.exit_code
+    return 0

@@ -1,0 +1,195 @@
+"""ZeRO stage 3: the weights are split, too, the frozen base as well; torch's FSDP2 gathers them block by block.
+
+A block's weights are whole only while it computes, forward and again backward, and its gradients are reduced and
+scattered as soon as they are there: 3 psi sent a micro-batch (Rajbhandari et al. 2020, arXiv 1910.02054, section 7.2;
+Zhao et al. 2023, arXiv 2304.11277). What trains is held in float32, its own master; where the model computes in fewer
+bits, FSDP2 casts what it gathers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from tunesmith.core.errors import ConfigError
+from tunesmith.models.copies import swaps
+from tunesmith.models.ports import attached_to
+from tunesmith.models.recompute import Blocks
+from tunesmith.parallel.layout import Held, Single
+from tunesmith.parallel.pieces import Place, collect, hand_out
+from tunesmith.parallel.traffic import CountedAllGather, CountedReduceScatter
+from tunesmith.parallel.world import World
+
+
+class Zero3(Single):
+    """Weights, gradients and optimizer state in parts, by rows of every tensor."""
+
+    world: World
+    in_step = True
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self.places: dict[str, Place] = {}
+
+    def adopt(self, tuned: Any) -> Any:
+        """The same with its weights in parts. Raises ConfigError for a method that needs them whole."""
+        self._refuse(tuned)
+        policy = tuned.policy
+        at = _places_of(policy.model, tuned.parameters)
+        low = {held.dtype for held in tuned.parameters.values() if held.dtype.itemsize < 4}
+        for parameter in tuned.parameters.values():
+            if parameter.dtype in low:
+                parameter.data = parameter.data.float()
+        whole = list({id(held): held for held in _held(policy.model)}.values())
+        root = _Root(policy)
+        self._shard(root, policy, MixedPrecisionPolicy(param_dtype=next(iter(low)), reduce_dtype=torch.float32)
+                    if low else MixedPrecisionPolicy())  # fmt: skip
+        tuned.parameters = {name: module._parameters[leaf] for name, (module, leaf) in at.items()}
+        for swap in swaps(policy.model):  # whoever asks a module for its copy gets what stands there
+            for leaves in swap.copies.values():
+                leaves.update({leaf: swap.module._parameters[leaf] for leaf in leaves})  # type: ignore[misc]
+        for parameter in whole:  # others may go on holding it, but not its numbers
+            parameter.data = parameter.data.new_empty(0)
+        tuned.policy = _ShardedPolicy(policy, root)
+        return tuned
+
+    def hold(self, held: Held) -> dict[str, nn.Parameter]:
+        self.masters = held.masters
+        for name, master in self.masters.items():
+            local: Tensor = master.to_local()  # type: ignore[attr-defined]
+            self.pieces[name] = nn.Parameter(local.detach())
+            self.places[name] = _place(master.shape, self.world.size)
+        return self.pieces
+
+    def reduce(self, names: Collection[str]) -> set[str]:
+        ordered = sorted(names)
+        reached = self.world.sums([float(self.masters[name].grad is not None) for name in ordered])
+        for name in ordered:
+            gradient: Any = self.masters[name].grad
+            piece = self.pieces[name]
+            piece.grad = torch.zeros_like(piece) if gradient is None else gradient.to_local()
+            self.masters[name].grad = None
+        return {name for name, count in zip(ordered, reached, strict=True) if not count}
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        mine = [gradient for gradient in gradients if gradient.numel()]
+        square = float(super().norm(mine)) ** 2 if mine else 0.0
+        return torch.tensor(self.sum(square), dtype=torch.float64).sqrt()
+
+    def publish(self, held: Held, names: Collection[str]) -> None:
+        """Nothing to do: a piece is part of the parameter itself."""
+
+    def clear(self) -> None:
+        for piece in self.pieces.values():
+            piece.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        of_masters = [master.grad.to_local() for master in self.masters.values() if master.grad is not None]  # type: ignore[attr-defined]
+        return [*of_masters, *(piece.grad for piece in self.pieces.values() if piece.grad is not None)]
+
+    def whole(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return collect(self.world, self.places, pieces)
+
+    def room(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not self.world.is_first:
+            return {}
+        return {name: torch.empty(self.places[name].shape, dtype=piece.dtype) for name, piece in pieces.items()}
+
+    def deal(self, whole: Mapping[str, Tensor], pieces: Mapping[str, Tensor]) -> None:
+        hand_out(self.world, self.places, whole, pieces)
+
+    def _shard(self, root: _Root, policy: Any, precision: MixedPrecisionPolicy) -> None:
+        device = next(iter(_held(policy.model))).device
+        mesh = init_device_mesh(device.type, (self.world.size,))
+        # the root, too, is freed after its forward: what is sent is then the same for all weights
+        how: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "reshard_after_forward": True}
+        units: list[nn.Module] = [*_blocks(policy), root]
+        gather, scatter = CountedAllGather(self.world.traffic), CountedReduceScatter(self.world.traffic)
+        for unit in units:
+            sharded: FSDPModule = fully_shard(unit, **how)  # type: ignore[assignment]
+            # sums, not means: the loss is divided by the weight of all processes
+            sharded.set_gradient_divide_factor(1.0)
+            sharded.set_force_sum_reduction_for_comms(True)
+            sharded.set_custom_all_gather(gather)  # type: ignore[arg-type]
+            sharded.set_custom_reduce_scatter(scatter)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _refuse(tuned: Any) -> None:
+        if getattr(tuned, "phases", ()):
+            told = "zero3 gathers what trains from the first step on, and the method has phases"
+            raise ConfigError(told, where="layout.shard", hint="zero2 can do it")
+        if any(not parameter.ndim for parameter in tuned.parameters.values()):
+            told = "zero3 splits tensors by rows, and the method trains a single number"
+            raise ConfigError(told, where="layout.shard", hint="zero2 can do it")
+
+
+class _Root(nn.Module):
+    """Everything of a model that is outside of its blocks, prediction heads included; whole while a policy is asked."""
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__()
+        self.model = policy.model
+        self.heads = nn.ModuleList(_heads(policy.model))
+
+    def forward(self, asked: Callable[..., Tensor], *args: Any) -> Tensor:
+        return asked(*args)
+
+
+class _ShardedPolicy:
+    """A policy whose model is in parts."""
+
+    def __init__(self, policy: Any, root: _Root) -> None:
+        self._policy, self._root = policy, root
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._policy, name)
+
+    def train(self, mode: bool = True) -> _ShardedPolicy:
+        self._policy.train(mode)
+        return self
+
+    def token_losses(self, batch: Any) -> Tensor:
+        found: Tensor = self._root(self._policy.token_losses, batch)
+        return found
+
+    def scores(self, batch: Any) -> Tensor:
+        found: Tensor = self._root(self._policy.scores, batch)
+        return found
+
+
+def _blocks(policy: Any) -> list[nn.Module]:
+    """The blocks of a model that transformers has; a model of another kind is one."""
+    family = getattr(policy, "family", None)
+    return [] if family is None else Blocks(policy.model, family).all
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    return list(attached_to(model).heads.values())
+
+
+def _held(model: nn.Module) -> Iterator[nn.Parameter]:
+    yield from model.parameters()
+    for head in _heads(model):
+        yield from head.parameters()
+
+
+def _places_of(model: nn.Module, wanted: Mapping[str, nn.Parameter]) -> dict[str, tuple[nn.Module, str]]:
+    """Where each parameter stands: FSDP2 puts another one there."""
+    found = {}
+    for top in (model, *_heads(model)):
+        for module in top.modules():
+            found.update({id(held): (module, leaf) for leaf, held in module._parameters.items() if held is not None})
+    return {name: found[id(parameter)] for name, parameter in wanted.items()}
+
+
+def _place(shape: torch.Size, size: int) -> Place:
+    """Rows as FSDP2 cuts them: equal parts, the last ones shorter or empty (`torch.chunk`)."""
+    rows, width = -(-shape[0] // size), shape[1:].numel()
+    ends = [min(shape[0], rank * rows) * width for rank in range(size + 1)]
+    return Place(shape, tuple(pairwise(ends)))

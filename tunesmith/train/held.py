@@ -1,0 +1,38 @@
+"""Bytes that a process holds of each part of the state, counted from storages: what a plan is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tunesmith.train.optim import AdamW
+    from tunesmith.train.precision import Precision
+
+
+def held_bytes(policy: Any, precision: Precision, pieces: Mapping[str, Tensor], optimizer: AdamW) -> dict[str, int]:
+    """Weights, master weights and moments of one process."""
+    model = getattr(policy, "model", None)
+    weights = [*precision.parameters.values(), *(model.parameters() if model is not None else ())]
+    return {
+        "weights_bytes": storage_bytes(weights),
+        "master_bytes": storage_bytes([*precision.masters.values(), *pieces.values()], apart_from=weights),
+        "optimizer_bytes": storage_bytes(optimizer.state().values()),
+    }
+
+
+def storage_bytes(tensors: Iterable[Tensor], apart_from: Iterable[Tensor] = ()) -> int:
+    """Bytes of the storages of some tensors, each once, without those that other tensors lie in, too."""
+    known = set(_storages(apart_from))
+    return sum(size for address, size in _storages(tensors).items() if address not in known)
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    found = {}
+    for tensor in tensors:
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # of a tensor in parts
+        storage = local.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+    return found
