@@ -194,7 +194,8 @@ class Dataset:
         if not self._use(source, key):
             with keeping(key) as keeper:
                 yield from (self._look(source, row, row < most, found, keeper) for row in range(size))
-            self._use(source, key)
+            if keeper.made is not None:
+                self._kept[source] = keeper.made
             return
         for row, value in enumerate(self._kept[source].hashes()):
             if self.problem is not None or value is None:

@@ -57,10 +57,7 @@ def open_tokens(key: str, rows: int) -> TokenFile | None:
         found = TokenFile(path)
         if len(found) != rows:
             raise ValueError(f"it holds {len(found)} rows of {rows}")
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        _tell(path, error)
+    except OSError:  # it is made again, and what is wrong with the place is told then
         return None
     except ValueError as error:
         log.warning("%s: damaged (%s); it is made again", path, error)
@@ -73,10 +70,16 @@ def open_tokens(key: str, rows: int) -> TokenFile | None:
 
 
 class Keeper:
-    """Takes the rows of a file that is being made; where it cannot be, it says so once and takes no more."""
+    """Takes the rows of a file that is being made; where it cannot be, it says so once and takes no more.
+
+    Attributes:
+        path: the place of the finished file.
+        made: the finished file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.made: TokenFile | None = None
         self._beside: Path | None = None
         self._writer: TokenWriter | None = None
         try:
@@ -112,6 +115,7 @@ class Keeper:
             self._writer = self._beside = None
             sync_folder(self.path.parent)
             make_room(self.path)
+            self.made = TokenFile(self.path)
         except OSError as error:
             self._give_up(error)
 
