@@ -6,6 +6,7 @@ is encoded with control tokens switched off, so that no user can write one. `tem
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from bisect import bisect_right
@@ -27,6 +28,7 @@ _MARKUP = re.compile(
 )
 _BRACKETED = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|\uff5c?<[^<>]*\uff5c>|<\|[^<>]*\|>")
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _SHORT = 48  # longest piece (characters) whose ids are remembered: role names and line ends, over and over
 
 
@@ -127,6 +129,15 @@ class Codec:
     def vocab_size(self) -> int:
         """One more than the largest id that encoding can give."""
         return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the files that decide which ids a text becomes, as 64 hexadecimal digits."""
+        found = hashlib.sha256(str(self.splits).encode())
+        for path in (self.folder / name for name in _FILES):
+            content = path.read_bytes() if path.is_file() else b""
+            found.update(f" {path.name} {len(content)} ".encode() + content)
+        return found.hexdigest()
 
     @cached_property
     def special_ids(self) -> frozenset[int]:

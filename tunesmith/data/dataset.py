@@ -1,7 +1,8 @@
 """A mixture of sources as rows, dialogues and training examples, through one format and one template each.
 
-The one idea: nothing is held but places; a row is read, converted and encoded when it is asked for. Reading is in
-`sources`, converting in `formats`, encoding in `encode`, order in `order`.
+The one idea: nothing is held but places; a row is read, converted and encoded when it is asked for, or read as
+tokens where an earlier pass has kept it. Reading is in `sources`, converting in `formats`, encoding in `encode`, what
+is kept in `token_cache`, order in `order`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import islice
+from typing import Any
 
 from tunesmith.core.errors import DataError, Problems
 from tunesmith.core.problem import Problem
@@ -20,8 +22,10 @@ from tunesmith.data.preview import Preview, preview
 from tunesmith.data.rows import Dialogue, Labelled, Row, Tagged, Text
 from tunesmith.data.section import DataSection, Part
 from tunesmith.data.sources import Source, open_source
-from tunesmith.data.statistics import DataStatistics
+from tunesmith.data.statistics import DataStatistics, row_hash
 from tunesmith.data.templates import Template, open_template
+from tunesmith.data.token_cache import FEW_ROWS, Keeper, keeping, key_of, open_tokens
+from tunesmith.data.token_file import TokenFile, Tokens
 
 DAMAGED = "damaged, or not in its format"
 ENCODED_ROWS = 20_000  # rows that a check turns into tokens; conversion is checked for every row
@@ -42,6 +46,7 @@ class Dataset:
     def __init__(self, sources: list[Source], weights: list[float], section: DataSection, codec: Codec) -> None:
         self.sources, self.weights, self.section, self.codec = sources, weights, section, codec
         self.formats = [format_of(source, section.format) for source in sources]
+        self._kept: dict[int, TokenFile] = {}  # by source
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -80,6 +85,9 @@ class Dataset:
 
     def example(self, source: int, row: int) -> Example | Dropped:
         """One row as tokens, or why it is left out. Raises DataError unless bad rows are to be skipped."""
+        kept = self._tokens(source, row)
+        if kept is not None:
+            return kept
         try:
             return self._encoded(self.row(source, row))
         except DataError as error:
@@ -126,28 +134,37 @@ class Dataset:
         return "; ".join([*parts, self._template_line()])
 
     def check(self, limit: int = 20, progress: Progress | None = None) -> DataStatistics:
-        """Reads every row and encodes the first twenty thousand.
+        """Looks at every row and encodes the first twenty thousand; what that gave is kept for the next time.
 
         Raises DataError with up to `limit` problems, or when there is nothing to learn.
         """
-        problems = Problems()
-        found = DataStatistics(rows=len(self))
-        for number, (source, row) in enumerate(self.places()):
-            try:
-                self._check_row(source, row, found)
-            except DataError as error:
-                if not self.section.skip_bad_rows:
+        found, problems, done = DataStatistics(rows=len(self)), Problems(), 0
+        for source in range(len(self.sources)):
+            for error in self._pass(source, ENCODED_ROWS - done, found):
+                if error is not None and not self.section.skip_bad_rows:
                     problems.add(error, keep=limit)
-                else:
+                elif error is not None:
                     found.add(Dropped(DAMAGED, error.where))
-            if progress is not None:
-                progress(number + 1, len(self))
+                done += 1
+                if progress is not None:
+                    progress(done, len(self))
         problems.raise_if_any(limit)
         if not found.kept:
             reasons = "; ".join(f"{count} rows: {reason}" for reason, count in found.dropped.most_common())
             text = f"0 trainable rows of {found.examined} in {', '.join(self.hashes)}: {reasons or 'there are none'}"
             raise DataError(text, where="data", hint=self._hint(found))
         return found
+
+    def keep_all(self, progress: Progress | None = None) -> None:
+        """Has all rows of a checked dataset as tokens on disk, as far as they can be kept; worth it before epochs."""
+        done = 0
+        for source, size in enumerate(self.sizes):
+            some = source in self._kept and done + size > ENCODED_ROWS
+            if some and not self._use(source, key_of(self._facts(source, size))):
+                for number, _ in enumerate(self._pass(source, size, DataStatistics())):
+                    if progress is not None:
+                        progress(done + number + 1, len(self))
+            done += size
 
     def preview(self, count: int) -> list[Preview]:
         """Some kept rows as the model will see them, taken from every source in turn."""
@@ -166,14 +183,73 @@ class Dataset:
             return encode_labelled(row, self.codec, self.section.max_length, self.problem)
         return encode_row(row, self.template_of(row), self.codec, self.section.max_length)
 
-    def _check_row(self, source: int, row: int, found: DataStatistics) -> None:
-        raw = self.sources[source][row]
-        converted = convert(raw.data, self.formats[source], raw.where)
-        found.see(raw.data)
-        if self.problem is not None:
-            found.judge(label_numbers(converted, self.problem), self.problem)
-        if found.examined < ENCODED_ROWS:
-            found.add(self._encoded(converted))
+    def _pass(self, source: int, most: int, found: DataStatistics) -> Iterator[DataError | None]:
+        """Counts the rows of a source, the first `most` as tokens, and answers what is wrong with each."""
+        size = len(self.sources[source])
+        most = max(0, min(most, size))
+        if size <= FEW_ROWS:
+            yield from (self._look(source, row, row < most, found) for row in range(size))
+            return
+        key = key_of(self._facts(source, most))
+        if not self._use(source, key):
+            with keeping(key) as keeper:
+                yield from (self._look(source, row, row < most, found, keeper) for row in range(size))
+            if keeper.made is not None:
+                self._kept[source] = keeper.made
+            return
+        for row, value in enumerate(self._kept[source].hashes()):
+            if self.problem is not None or value is None:
+                yield self._look(source, row, row < most, found)  # its labels are counted, or it is refused again
+                continue
+            found.see(value)
+            tokens = self._tokens(source, row) if row < most else None
+            if tokens is not None:
+                found.add(tokens)
+            yield None
+
+    def _look(
+        self, source: int, row: int, encode: bool, found: DataStatistics, keeper: Keeper | None = None
+    ) -> DataError | None:
+        """Reads, converts and counts one row, and hands it to the keeper."""
+        value, tokens, problem = None, None, None
+        try:
+            raw = self.sources[source][row]
+            converted = convert(raw.data, self.formats[source], raw.where)
+            value = row_hash(raw.data)
+            found.see(value)
+            if self.problem is not None:
+                found.judge(label_numbers(converted, self.problem), self.problem)
+            if encode:
+                tokens = self._tokens(source, row) or self._encoded(converted)
+                found.add(tokens)
+        except DataError as error:
+            value, problem = None, error
+        if keeper is not None:
+            keeper.add(value, tokens)
+        return problem
+
+    def _tokens(self, source: int, row: int) -> Tokens:
+        kept = self._kept.get(source)
+        return None if kept is None else kept.tokens(row, self.sources[source].where(row))
+
+    def _use(self, source: int, key: str) -> bool:
+        kept = open_tokens(key, len(self.sources[source]))
+        if kept is not None:
+            self._kept[source] = kept
+        return kept is not None
+
+    def _facts(self, source: int, most: int) -> dict[str, Any]:
+        """All that decides what the rows of a source become, beside the code."""
+        form = self.formats[source]
+        template = None
+        if self.problem is None and form != "text":
+            used = self._plain if form == "prompt_completion" else self._chat
+            template = [used.sha256, used.own]
+        return {
+            "rows": self.sources[source].sha256, "encoded": most, "format": form, "template": template,
+            "tokenizer": self.codec.sha256, "max_length": self.section.max_length,
+            "problem": None if self.problem is None else self.problem.as_dict(),
+        }  # fmt: skip
 
     def _dialogues(self) -> Iterator[Dialogue]:
         for source, row in self.places():

@@ -58,6 +58,10 @@ class Source(ABC):
     def __getitem__(self, index: int) -> RawRow:
         """One row. Raises DataError, naming file and line, when it is not one JSON object."""
 
+    @abstractmethod
+    def where(self, index: int) -> str:
+        """The place of a row for messages, without reading it."""
+
 
 class Lines(Source):
     """Rows of a file with one JSON object a line.
@@ -129,6 +133,9 @@ class Subset(Source):
             raise IndexError(f"row {index} is outside range({self.rows})")
         return self.source[index]
 
+    def where(self, index: int) -> str:
+        return self.source.where(index)
+
 
 class Chain(Source):
     """Several sources, one behind the other."""
@@ -144,8 +151,16 @@ class Chain(Source):
     def __getitem__(self, index: int) -> RawRow:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} is outside range({len(self)})")
+        source, at = self._place(index)
+        return source[at]
+
+    def where(self, index: int) -> str:
+        source, at = self._place(index)
+        return source.where(at)
+
+    def _place(self, index: int) -> tuple[Source, int]:
         which = bisect_right(self._ends, index)
-        return self.sources[which][index - (self._ends[which - 1] if which else 0)]
+        return self.sources[which], index - (self._ends[which - 1] if which else 0)
 
 
 def parse_row(raw: bytes, where: str) -> dict[str, Any]:

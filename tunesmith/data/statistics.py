@@ -68,9 +68,8 @@ class DataStatistics:
         self.escaped_rows += found.escaped > 0
         self.lengths[1 << (len(found.ids) - 1).bit_length()] += 1
 
-    def see(self, data: dict[str, Any]) -> None:
-        """Notices an exact repeat of a row."""
-        value = row_hash(data)
+    def see(self, value: int) -> None:
+        """Notices an exact repeat of a row, by its `row_hash`."""
         if value in self.hashes:
             self.duplicates += 1
         elif len(self.hashes) < _REMEMBERED:

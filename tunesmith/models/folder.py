@@ -7,6 +7,7 @@ problems are told at once. What only the weights can tell is checked in `load.py
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +153,8 @@ def _check_tokenizer(folder: Path, config: dict[str, Any]) -> None:
         if others:
             hint = f"{others[0]} alone is the slow form: load and save it once with transformers' AutoTokenizer"
         raise ModelError("tokenizer.json is missing", where=str(folder), hint=hint)
-    table = read_json(path, ModelError)
-    try:
-        largest = _largest_id(table)
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise ModelError("is no tokenizer (it has no vocabulary)", where=str(path)) from error
+    facts = path.stat()
+    largest = _largest_id(path, facts.st_mtime_ns, facts.st_size)
     rows = config.get("vocab_size")
     if isinstance(rows, int) and largest >= rows:
         raise ModelError(
@@ -166,10 +164,16 @@ def _check_tokenizer(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _largest_id(table: dict[str, Any]) -> int:
-    vocabulary = table["model"]["vocab"]
-    ids = vocabulary.values() if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
-    return max([*ids, *(token["id"] for token in table.get("added_tokens") or [])])
+@lru_cache(16)
+def _largest_id(path: Path, modified_ns: int, size_bytes: int) -> int:
+    """Of a tokenizer; remembered, for a run asks when it prepares and when it loads, and megabytes are parsed."""
+    table = read_json(path, ModelError)
+    try:
+        vocabulary = table["model"]["vocab"]
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+        return max([*ids, *(token["id"] for token in table.get("added_tokens") or [])])
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ModelError("is no tokenizer (it has no vocabulary)", where=str(path)) from error
 
 
 def _check_weights(folder: Path, config: dict[str, Any]) -> None:

@@ -71,6 +71,8 @@ class Prepared:
         """Steps, rows and tokens of the whole run; exact where epochs are asked for, else from the average row."""
         settings = self.config.train
         if settings.epochs is not None:
+            with progress(len(self.train), "encoding rows") as report:
+                self.train.keep_all(report)  # counting and every epoch then read them
             with progress(len(self.train) * settings.epochs, "counting steps") as report:
                 return count_steps(self.mixture, self.train.example, self.sizes, settings.epochs, report)
         assert settings.steps is not None
