@@ -1,9 +1,9 @@
 """What bfloat16 costs in the first steps: python benchmarks/first_steps.py [--steps 6]
 
 The same rows, updates and learning rate for all, in one process: fp32, bf16 as it is, bf16 with every saving switched
-off, and, where everything trains, two ways around the fact that weights which are read as bfloat16 are all on its grid,
-masters included, so that small updates are rounded away at first: masters from the file's numbers, and publishing
-by stochastic rounding. Prints the loss of each step.
+off, and, where everything trains, two more: with masters that start from the rounded weights instead of the file's
+numbers (they lie on bfloat16's grid, and small updates are rounded away at first), and these published by stochastic
+rounding. Prints the loss of each step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.rows import make_steps
 
 WAYS = {
     "lora": ("fp32", "bf16", "bf16 plain"),
-    "full": ("fp32", "bf16", "bf16 plain", "bf16, masters from the file", "bf16, stochastic rounding"),
+    "full": ("fp32", "bf16", "bf16 plain", "bf16, rounded masters", "bf16, stochastic rounding"),
 }
 RATES = {"lora": 2e-4, "full": 2e-5}
 
@@ -46,6 +46,7 @@ def learn(options: argparse.Namespace, task: str, way: str) -> list[float]:
     from tunesmith.core.switches import SAVINGS, without
     from tunesmith.models.load import load
     from tunesmith.models.policy import Policy
+    from tunesmith.models.stored import Stored
     from tunesmith.objectives.sft import SFT
     from tunesmith.parallel.layout import Single
     from tunesmith.train.optim import AdamW
@@ -61,11 +62,9 @@ def learn(options: argparse.Namespace, task: str, way: str) -> list[float]:
     method: Any = ts.LoRA(rank=16, alpha=32, targets=every) if task == "lora" else ts.Full()
     adapter = method.attach(loaded, "a", 0)
     policy, layout = Policy(loaded, adapter.route).train(), Single()
-    precision = Precision(adapter.parameters, PrecisionSection())
-    if way.endswith("file"):
-        wide = dict(load(options.model, dtype="fp32").model.named_parameters())
-        for name, master in precision.masters.items():
-            master.data.copy_(wide[name])
+    rounded = way.endswith(("rounded masters", "stochastic rounding"))
+    stored = (lambda name, held: None) if rounded else Stored(loaded).finer
+    precision = Precision(adapter.parameters, PrecisionSection(), stored)
     optimizer, losses = AdamW(precision.masters), []
     with without(*(SAVINGS if way.endswith("plain") else ())):
         for rows in steps:

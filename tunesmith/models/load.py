@@ -166,13 +166,18 @@ def _read_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> t
         "ignore_mismatched_sizes": True,  # reported by the caller, all at once
         "output_loading_info": True,
     }
-    state = cast_state(weight_files(folder), dtype)
+    kind: Any = auto._model_mapping[type(config)]
+    keep = {
+        *(kind._keep_in_fp32_modules_strict or ()),
+        *((kind._keep_in_fp32_modules or ()) if dtype == torch.float16 else ()),
+    }
+    state = cast_state(weight_files(folder), dtype, keep)
     if state is None:
         found = auto.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, **how
         )
     else:
-        found = auto._model_mapping[type(config)].from_pretrained(None, state_dict=state, **how)
+        found = kind.from_pretrained(None, state_dict=state, **how)
     model, info = found
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)

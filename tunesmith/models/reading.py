@@ -6,28 +6,33 @@ tensor by tensor: a file that is mapped once for all would count as memory until
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def cast_state(files: Iterable[Path], dtype: torch.dtype) -> dict[str, Tensor] | None:
-    """All tensors with floating-point ones in `dtype`, or None where most are stored in it already."""
+def cast_state(files: Iterable[Path], dtype: torch.dtype, keep: Collection[str] = ()) -> dict[str, Tensor] | None:
+    """All tensors with floating-point ones in `dtype`, or None where most are stored in it already.
+
+    Args:
+        keep: modules whose tensors stay as they are stored.
+    """
     found: dict[str, Tensor] = {}
     for path in files:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
             stored = [file.get_slice(name).get_dtype() for name in names]
-        if 2 * stored.count(_DTYPES[dtype]) > len(names):
+        if 2 * stored.count(STORED[dtype]) > len(names):
             return None
         for name in names:
             with safe_open(path, "pt") as file:  # anew each time: its pages are given back
                 tensor: Tensor = file.get_tensor(name)
-                found[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor.clone()
+                cast = tensor.is_floating_point() and not set(keep) & set(name.split("."))
+                found[name] = tensor.to(dtype) if cast else tensor.clone()
                 del tensor
     return found

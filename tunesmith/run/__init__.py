@@ -205,11 +205,14 @@ class _Tuned:
     """The adapter and its policy, as the trainer wants them."""
 
     def __init__(self, adapter: Adapter, policy: Policy, trunk: Trunk | None = None) -> None:
+        from tunesmith.models.stored import Stored
+
         self.parameters = adapter.parameters
         self.policy = policy
         self.phases = adapter.phases
         self.on_phase = (lambda number: None) if trunk is None else trunk.begin
         self.lr_factors = adapter.lr_factors
+        self.stored = Stored(adapter.loaded).finer
         self.memory, self.penalty, self.after_step = adapter.memory, adapter.penalty, adapter.after_step
 
 

@@ -8,7 +8,7 @@ Parameters that are fp32 already (adapters: their ports cast them on use) are th
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tunesmith.train.section import PrecisionSection
 
 log = logging.getLogger(__name__)
+
+Stored = Callable[[str, nn.Parameter], Tensor | None]
 
 
 def resolve(section: PrecisionSection, device: torch.device | str = "cpu") -> Literal["fp32", "bf16"]:
@@ -35,12 +37,21 @@ def resolve(section: PrecisionSection, device: torch.device | str = "cpu") -> Li
 class Precision:
     """Holds the masters of a set of parameters while they are trained.
 
+    Args:
+        stored: the numbers that a parameter was rounded from, float32, where they are known. A master that starts from
+            the rounded ones lies on their grid, and small updates move no weight until they have added up.
+
     Attributes:
         parameters: what the model computes with, by name.
         masters: what the optimizer updates, by the same names: the parameter itself or its fp32 copy.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], section: PrecisionSection) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        section: PrecisionSection,
+        stored: Stored = lambda name, held: None,
+    ) -> None:
         self.parameters = dict(parameters)
         self.masters: dict[str, nn.Parameter] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -53,10 +64,11 @@ class Precision:
                 str(self.parameters[low[0]].dtype).removeprefix("torch."),
             )
         for name, parameter in self.parameters.items():
-            self.masters[name] = self._master(parameter) if section.master and name in low else parameter
+            own = section.master and name in low
+            self.masters[name] = self._master(parameter, stored(name, parameter)) if own else parameter
 
-    def _master(self, parameter: nn.Parameter) -> nn.Parameter:
-        master = nn.Parameter(parameter.detach().float(), requires_grad=True)
+    def _master(self, parameter: nn.Parameter, start: Tensor | None) -> nn.Parameter:
+        master = nn.Parameter(parameter.detach().float() if start is None else start, requires_grad=True)
         self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(_hand_over, master)))
         return master
 

@@ -111,7 +111,7 @@ class _Run:
     ) -> None:
         self.policy, self.objective, self.settings, self.layout = tuned.policy, objective, settings, layout
         self.total_steps = total_steps
-        self.precision = Precision(tuned.parameters, precision)
+        self.precision = Precision(tuned.parameters, precision, getattr(tuned, "stored", lambda name, held: None))
         self.phases = tuple(getattr(tuned, "phases", ()))
         self.lr_factors = dict(getattr(tuned, "lr_factors", {}))
         self.memory = {MEMORY + name: value for name, value in getattr(tuned, "memory", {}).items()}

@@ -33,6 +33,8 @@ class Tuned(Protocol):
             where it is empty, all have the same.
         memory: tensors that its method remembers from step to step, by name; saved in every checkpoint.
         on_phase: told the number of a phase, from 1, when it is known what trains; without the attribute nobody is.
+        stored: the numbers that a parameter was rounded from, by name, as `models.stored.Stored.finer` answers; without
+            the attribute, or where it answers None, masters start from the parameters.
         penalty, after_step: of `adapt.adapter.Adapter`, with `memory` or without any of them.
     """
 

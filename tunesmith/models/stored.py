@@ -1,0 +1,72 @@
+"""The numbers of a model's folder that its parameters were rounded from, for masters that start from them.
+
+The one idea: a stored tensor is taken only where rounding it gives the parameter's present bits. So a name that
+misleads, or weights that have changed since, can only be left out, never be wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from tunesmith.models.copies import sharing
+from tunesmith.models.folder import weight_files
+from tunesmith.models.ports import base_state
+from tunesmith.models.reading import STORED
+from tunesmith.models.weights import TensorSpec, read_header
+
+if TYPE_CHECKING:
+    from tunesmith.models.load import Loaded
+
+
+class Stored:
+    """The tensors of a model folder by the names that the model has for them; each is read when it is asked for.
+
+    Args:
+        loaded: the model as it was loaded from its folder, whatever adapters are on it by now.
+
+    Raises: ModelError where the folder's weights are gone or damaged.
+    """
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.model, self.own = loaded.model, base_state(loaded.model).keys()
+        self.places = _places(loaded.model, weight_files(loaded.folder))
+
+    def finer(self, name: str, parameter: nn.Parameter) -> Tensor | None:
+        """The numbers that a base parameter, or a fresh copy of it, was rounded from: float32, in its shape.
+
+        None where the file has no more of it than the parameter, or nothing that rounds to it.
+
+        Args:
+            name: of the base parameter; where it is tied, any of its names.
+        """
+        names = sharing(self.model, name) if name in self.own else []
+        for path, spec in (self.places[one] for one in names if one in self.places):
+            if spec.dtype == STORED.get(parameter.dtype) or spec.shape != tuple(parameter.shape):
+                continue
+            with safe_open(path, "pt") as file:  # anew each time: its pages are given back
+                found: Tensor = file.get_tensor(spec.name).to(parameter.device)
+                if found.is_floating_point() and torch.equal(found.to(parameter.dtype), parameter.detach()):
+                    return found.to(torch.float32, copy=True)
+        return None
+
+
+def _places(model: nn.Module, files: list[Path]) -> Mapping[str, tuple[Path, TensorSpec]]:
+    """File and entry of every stored tensor that is one tensor of the model, by its name there."""
+    # transformers' own way from the names of files, old and bare ones among them, to those of modules
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]  # type: ignore[arg-type]
+    own, prefix = base_state(model), str(getattr(model, "base_model_prefix", ""))
+    found = {}
+    for path in files:
+        for stored, spec in read_header(path).items():
+            name = stored if stored in own else rename_source_key(stored, renamings, [], prefix, own)[0]
+            found[name] = (path, spec)
+    return found
