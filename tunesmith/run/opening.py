@@ -176,7 +176,7 @@ def open_model(source: str | Seen, *, template: str = "auto", precision: str = "
     """Loads what `source` stands for; the other arguments are those of `look`.
 
     Args:
-        precision: fp32, bf16 or auto.
+        precision: fp32, bf16, fp16 or auto.
 
     Raises: ModelError, AdapterError, ConfigError.
     """

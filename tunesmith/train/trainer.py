@@ -26,6 +26,7 @@ from tunesmith.train.log import MetricsLog, peak_bytes
 from tunesmith.train.optim import FIRST, SECOND, AdamW
 from tunesmith.train.phases import span_of, train_only
 from tunesmith.train.precision import Precision
+from tunesmith.train.scaling import LossScale
 from tunesmith.train.schedule import learning_rate
 from tunesmith.train.step import accumulate, fill_missing, update
 from tunesmith.train.stop import Cut, Signals, judge
@@ -162,9 +163,13 @@ class _Run:
         found.read(WEIGHTS, self.precision.masters)
         self._enter(max(1, found.state.step))
         masters = self.optimizer.masters
-        moments = {kind + name: torch.empty_like(masters[name]) for name in masters for kind in (FIRST, SECOND)}
+        names = masters if found.state.updates else ()
+        moments = {kind + name: torch.empty_like(masters[name]) for name in names for kind in (FIRST, SECOND)}
         found.read(MOMENTS, moments | self.memory)
-        self.optimizer.restore(moments, found.state.step - self.span.before_steps)
+        if moments:
+            self.optimizer.restore(moments, found.state.updates)
+        if self.precision.scaling is not None:
+            self.precision.scaling = LossScale(**found.state.scaling)
         self.precision.publish()
         self.state = found.state
         self.resumed_step = self.saved_step = self.weights_step = found.state.step
@@ -207,7 +212,9 @@ class _Run:
         if self._enter(number):
             log.info("step %d: phase %d, %d tensors train", number, self.span.number, len(self.span.names))
         batches = [self.collate(examples).to(self.device) for examples in step.micro_batches]
-        lr = learning_rate(self.settings, number, self.total_steps)
+        scaling = self.precision.scaling
+        # a step that is left out takes nothing of the schedule
+        lr = learning_rate(self.settings, number - (scaling.skipped_steps if scaling else 0), self.total_steps)
         self.policy.train(True)
         try:
             loss = accumulate(self.objective, self.policy, batches, self.precision, self.layout, self._reseed(number))
@@ -232,14 +239,17 @@ class _Run:
         for cause, count in step.dropped.items():
             state.dropped[cause] = state.dropped.get(cause, 0) + count
         self.weights_step = number
+        if not math.isfinite(norm):
+            log.warning("step %d: a gradient overflowed fp16; nothing was updated, the loss scale is halved", number)
         return {
             "step": number, "epoch": step.epoch, "loss": loss, "lr": lr, "grad_norm": norm, "rows": rows,
             "micro_batches": len(batches), "tokens": tokens, "supervised_tokens": supervised,
-            "total_tokens": state.tokens,
+            "total_tokens": state.tokens, **(scaling.record() if scaling else {}),
         }  # fmt: skip
 
-    def _reseed(self, step: int) -> Callable[[int], None]:
-        return lambda micro: _seed_all(seed_for(self.settings.seed, "dropout", step, micro))
+    def _reseed(self, step: int) -> Callable[[int], object]:
+        # of all devices
+        return lambda micro: torch.manual_seed(seed_for(self.settings.seed, "dropout", step, micro))
 
     def _diverged(self, error: DivergedError, step: int) -> DivergedError:
         saved = self.saved_step >= 0
@@ -323,6 +333,8 @@ class _Run:
             # as text, because the order of its fields is part of metrics.jsonl
             self.state.pending, self.state.reason = json.dumps(pending), reason
         self.metrics.sync()
+        self.state.updates = self.optimizer.updates
+        self.state.scaling = asdict(self.precision.scaling) if self.precision.scaling else {}
         self.checkpoints.save(self.state, self.precision.masters, self.optimizer.state() | self.memory, self.seconds())
         self.saved_step = self.state.step
         self.checkpoints.prune(self.state.best_step)
@@ -372,10 +384,6 @@ def _marked(steps: Iterable[Step]) -> Iterator[tuple[Step, bool]]:
         following = next(iterator, None)
         yield current, following is None
         current = following
-
-
-def _seed_all(seed: int) -> None:
-    torch.manual_seed(seed)  # all devices
 
 
 def _cursor(saved: dict[str, Any] | None) -> Cursor:
