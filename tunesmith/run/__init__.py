@@ -142,7 +142,7 @@ def _make_ready(prepared: Prepared, folder: RunFolder) -> _Ready:
         check_fits(plan)
     write_atomic(folder.path / "plan.json", canonical_json(plan.as_dict(), indent=1) + "\n")
     _print(show_plan(plan.as_dict()))
-    loaded = load(str(prepared.folder), dtype=compute)
+    loaded = load(str(prepared.folder), dtype=compute, base=config.precision.base)
     loaded.predicts = prepared.problem
     folder.record(
         status="running", versions=versions(), machine=machine(), data=prepared.data_facts(),

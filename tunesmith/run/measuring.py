@@ -66,7 +66,7 @@ def measure_base(config: Config, forgetting: str | None) -> dict[str, Any]:
 
     prepared = prepare(config)
     RunFolder(config.out).write_config(config)
-    loaded = load(str(prepared.folder), dtype=resolve(config.precision))
+    loaded = load(str(prepared.folder), dtype=resolve(config.precision), base=config.precision.base)
     judge = judge_of(prepared, Path(config.out))
     judge.before(loaded)
     found: dict[str, Any] = {

@@ -124,11 +124,14 @@ class PrecisionSection(Section):
     Attributes:
         compute: of weights and activations in forward and backward; `auto` is bf16 where the hardware has it; fp16
             scales the loss.
+        base: what the frozen weights of linear maps are held in, but the output head's; they are computed with in
+            `compute`. `same` is that format.
         master: trained weights that are held in bf16 or fp16 get an fp32 copy, which is what the optimizer updates.
     """
 
     compute: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     master: bool = True
+    base: Literal["same", "bf16", "int8", "nf4"] = "same"
 
     @model_validator(mode="after")
     def _trainable(self) -> Self:
