@@ -92,6 +92,7 @@ class TinyLoaded:
     fingerprint: str
     config: Any
     predicts: Problem | None = None
+    base: Any = "same"
 
 
 def tiny_config(family: str, **changes: Any) -> Any:

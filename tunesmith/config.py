@@ -179,6 +179,10 @@ def contradictions(config: Config, where: str) -> list[ConfigError]:
         )
     if config.precision.compute == "fp32" and not config.precision.master:
         say("precision.master", "has no effect with compute: fp32, which needs no copies", "leave it out")
+    base = config.precision.base
+    if base != "same" and config.method.trains_all:
+        told = f"{base} holds frozen weights, and method {config.method.kind} trains them all"
+        say("precision.base", told, "set it to same, or method to lora")
     return found
 
 

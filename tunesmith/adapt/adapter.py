@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from tunesmith.core.errors import AdapterError
+from tunesmith.kernels.quantized import Quantized
 from tunesmith.models.copies import base_parameter, copies, drop_copies, put_copy
 from tunesmith.models.heads import PREFIX, attach_head
 from tunesmith.models.ports import attached_to, freeze, install, ports, remove
@@ -79,16 +80,22 @@ class Adapter:
         module = self.loaded.model.get_submodule(paths[0].rpartition(".")[0])
         old = base_parameter(module, paths[0].rpartition(".")[2])
         assert old is not None
-        copy = self.trained[paths[0]] = nn.Parameter(old.detach().clone())
+        copy = self.trained[paths[0]] = nn.Parameter(old.detach().clone())  # of codes a clone is their numbers
         self.replaced |= put_copy(self.loaded.model, attached_to(self.loaded.model), self.name, paths, copy)
 
     def train_in_place(self) -> None:
-        """Trains every parameter of the model itself. Raises AdapterError when another adapter is attached."""
+        """Trains every parameter of the model itself.
+
+        Raises AdapterError when another adapter is attached, or weights are held as codes.
+        """
         others = attached_to(self.loaded.model).names
         if others:
             told = f"{self.method.kind} changes the base below the adapter {others[0]}"
             raise AdapterError(told, hint="detach it first")
         for path, parameter in self.loaded.model.named_parameters():
+            if isinstance(parameter, Quantized):
+                told = f"{self.method.kind} trains every weight; {parameter.kind} is for weights that are frozen"
+                raise AdapterError(told, where="precision.base", hint="set it to same, or method to lora")
             parameter.requires_grad_(True)
             self.trained[path] = parameter
 

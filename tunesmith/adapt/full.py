@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from tunesmith.adapt.method import Method
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 class Full(Method):
     """Trains everything; tied weights train as one. The base is gone afterwards: load it again to compare."""
 
+    trains_all: ClassVar[bool] = True
     kind: Literal["full"] = "full"
 
     def attach(self, loaded: Loaded, name: str = "default", seed: int = 0) -> Adapter:

@@ -6,7 +6,7 @@ everything follows from there with fresh moments. The base is gone afterwards, a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,7 @@ class LPFT(Method):
             the head over the vocabulary, which is untied from the embedding.
     """
 
+    trains_all: ClassVar[bool] = True
     kind: Literal["lp_ft"] = "lp_ft"
     probe: float = Field(default=0.3, gt=0, lt=1)
 

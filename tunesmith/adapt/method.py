@@ -42,9 +42,11 @@ class Method(Section):
         kind: name in the table.
         identity_at_start: a fresh adapter answers as the base does, bit for bit; soft tokens, which the base has
             never seen, are the exception that says so.
+        trains_all: it changes every weight of the model itself.
     """
 
     identity_at_start: ClassVar[bool] = True
+    trains_all: ClassVar[bool] = False
 
     kind: str
 

@@ -102,7 +102,11 @@ def save_adapter(adapter: Adapter, folder: Path | str) -> Path:
     settings: dict[str, Any] = {
         "base_model_name_or_path": str(adapter.loaded.folder.absolute()),
         "inference_mode": True,
-        "tunesmith_base": {"name": adapter.loaded.name, "fingerprint": adapter.loaded.fingerprint},
+        "tunesmith_base": {
+            "name": adapter.loaded.name,
+            "fingerprint": adapter.loaded.fingerprint,
+            **({} if adapter.loaded.base == "same" else {"held": adapter.loaded.base}),
+        },
         "tunesmith_method": adapter.method.model_dump(mode="json"),
     }
     more, tensors = _layout(PEFT_TYPES.get(adapter.method.kind)).written(adapter)

@@ -33,7 +33,7 @@ def evaluate(
     max_length: Annotated[
         int | None, typer.Option("--max-length", min=2, help="Tokens of a row; the run's without, else 1024.")
     ] = None,
-    precision: Annotated[str, typer.Option("--precision", help="fp32, bf16, or auto.")] = "auto",
+    precision: Annotated[str, typer.Option("--precision", help="fp32, bf16, fp16, or auto.")] = "auto",
     out: Annotated[str | None, typer.Option("--out", help="Folder for eval.json and samples.jsonl.")] = None,
     as_json: Json = False,
 ) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tunesmith.kernels import products
+from tunesmith.kernels.quantized import dense
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Map:
-    """A linear map and the changes beside it: weight [outputs, inputs], bias [outputs] or None."""
+    """A linear map and the changes beside it: weight [outputs, inputs], as numbers or codes; bias [outputs] or None."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -106,7 +107,13 @@ class _Maps(torch.autograd.Function):
             down = torch.cat([a.to(x.dtype) for a in factors[::2]])
             narrow = products.nt(x, down)
             ups = _ups(layout, factors[1::2], x)
-        y = products.nt(x, weights, narrow, ups if layout.changes else None, _joined(biases, layout.outputs))
+        y = products.nt(
+            x,
+            [dense(weight) for weight in weights],
+            narrow,
+            ups if layout.changes else None,
+            _joined(biases, layout.outputs),
+        )
         wants_x = any(ctx.needs_input_grad[3:][:count]) or any(ctx.needs_input_grad[3 + 2 * count :])
         own = () if not wants_x else kept if layout.make is not None else (x,)
         ctx.layout, ctx.count, ctx.own = layout, count, len(own)
@@ -123,7 +130,7 @@ class _Maps(torch.autograd.Function):
         down, narrow, ups = (rest[0], rest[1], rest[2:]) if rest else (None, None, [])
         dys = dy.split(layout.outputs, -1)
         thin = products.nn(dy, ups) if layout.changes else None  # the gradient of A x, of all changes
-        dx = products.nn(dy, weights, thin, down) if needs[0] else None
+        dx = products.nn(dy, [dense(weight) for weight in weights], thin, down) if needs[0] else None
         x: Any = (layout.make(*own) if layout.make is not None else own[0]) if own else None
         like = ctx.like
         grads: list[Tensor | None] = [None] * len(like)

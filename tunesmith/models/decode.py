@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tunesmith.core.switches import on
 from tunesmith.kernels import elementwise, few
 from tunesmith.kernels.packed import Packed
+from tunesmith.kernels.quantized import Quantized
 from tunesmith.models import blocks
 from tunesmith.models.copies import swap_of
 from tunesmith.models.cross_entropy import shaping_of
@@ -299,7 +300,7 @@ def _pairs(module: Any, base: Any, decoder: Decoder) -> list[tuple[Tensor, Tenso
     """Factors of each group at a map; None where something else than low-rank changes acts on it."""
     if type(base) is not nn.Linear or is_watched(base) or swap_of(base) is not None:
         return None
-    if not base.weight.is_contiguous():
+    if isinstance(base.weight, Quantized) or not base.weight.is_contiguous():
         return None
     found: list[tuple[Tensor, Tensor] | None] = []
     for names in decoder.groups:

@@ -22,14 +22,18 @@ from transformers.utils import logging
 
 from tunesmith.core.errors import ModelError, ResourceError, TunesmithError
 from tunesmith.core.problem import Problem
+from tunesmith.kernels.quantized import Kind, Quantized
 from tunesmith.models import attention
 from tunesmith.models.families import Family, family_of
 from tunesmith.models.folder import fingerprint, validate_folder, weight_files
 from tunesmith.models.onednn import bound_caches
+from tunesmith.models.quantize import hold_as_codes, quantisable
 from tunesmith.models.reading import cast_state
 from tunesmith.models.source import resolve
+from tunesmith.models.stored import stored_places
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+Base = Literal["same", "bf16", "int8", "nf4"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # what a saved model says it is -> the class to load it with; otherwise its kind decides
 _CLASSES = {
@@ -59,6 +63,7 @@ class Loaded:
         family: its role table.
         config: the transformers config, `model.config`.
         predicts: what the next adapter has a prediction head for; None where it has none.
+        base: in what the maps of its blocks are held; `same` where that is the dtype of everything else.
     """
 
     model: PreTrainedModel
@@ -67,6 +72,7 @@ class Loaded:
     family: Family
     config: PreTrainedConfig
     predicts: Problem | None = None
+    base: Base = "same"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -82,12 +88,15 @@ class Loaded:
             )
 
 
-def load(source: str | Path, *, dtype: Dtype = "fp32", device: str | torch.device = "cpu") -> Loaded:
+def load(
+    source: str | Path, *, dtype: Dtype = "fp32", device: str | torch.device = "cpu", base: Base = "same"
+) -> Loaded:
     """Loads a model, in eval mode.
 
     Args:
         source: a bundled name, folder, GGUF file or hub id; see `source.resolve`.
         dtype: what its floating-point weights become.
+        base: what the maps of its blocks are held in, frozen; they are computed with in `dtype`.
 
     Raises:
         ModelError: no such model; damaged or unfitting files; tensors missing, extra, misshapen, NaN or infinite;
@@ -99,17 +108,17 @@ def load(source: str | Path, *, dtype: Dtype = "fp32", device: str | torch.devic
     bound_caches()
     with quiet(), _as_model_error(folder):
         config = _read_config(folder)
-        model, info = _read_model(folder, config, DTYPES[dtype])
+        model, info = _read_model(folder, config, DTYPES[dtype], _kind(base, dtype))
         family = family_of(model.config, model)
         _check_loading(info, family, folder)
         _check_finite(model, folder)
         if family.packed:
             attention.use(model)
         model = model.to(device).eval()
-    return Loaded(model, folder, str(source), family, model.config)
+    return Loaded(model, folder, str(source), family, model.config, base=base)
 
 
-def meta(source: str | Path, *, dtype: Dtype = "fp32") -> Loaded:
+def meta(source: str | Path, *, dtype: Dtype = "fp32", base: Base = "same") -> Loaded:
     """The model on the meta device, from its config alone: shapes and names without weights, for planning.
 
     Tied weights are one parameter, so `sum(p.numel() for p in model.parameters())` counts them once.
@@ -124,7 +133,15 @@ def meta(source: str | Path, *, dtype: Dtype = "fp32") -> Loaded:
         family = family_of(model.config, model)
         if family.packed:
             attention.use(model)
-    return Loaded(model.eval(), folder, str(source), family, model.config)
+        kind = _kind(base, dtype)
+        if kind is not None:
+            hold_as_codes(model, quantisable(model), kind, DTYPES[dtype], {})
+    return Loaded(model.eval(), folder, str(source), family, model.config, base=base)
+
+
+def _kind(base: Base, dtype: Dtype) -> Kind | None:
+    """How maps are held; None where that is the dtype of everything else."""
+    return None if base in ("same", dtype) else base  # type: ignore[return-value]
 
 
 @contextmanager
@@ -157,8 +174,10 @@ def _as_model_error(folder: Path) -> Iterator[None]:
         raise ModelError(f"transformers cannot load it: {text[:300]}", where=str(folder)) from error
 
 
-def _read_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The model and what transformers says of its tensors."""
+def _read_model(
+    folder: Path, config: PreTrainedConfig, dtype: torch.dtype, base: Kind | None
+) -> tuple[Any, dict[str, Any]]:
+    """The model, maps held as `base` says, and what transformers says of its tensors."""
     auto = _auto_class(config)
     how: dict[str, Any] = {
         "config": config,
@@ -171,7 +190,16 @@ def _read_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> t
         *(kind._keep_in_fp32_modules_strict or ()),
         *((kind._keep_in_fp32_modules or ()) if dtype == torch.float16 else ()),
     }
-    state = cast_state(weight_files(folder), dtype, keep)
+    files, places = weight_files(folder), {}
+    if base is not None:
+        with torch.device("meta"):
+            bare = auto.from_config(config, dtype=dtype, trust_remote_code=False)
+        shapes, stored = (
+            {name: bare.get_parameter(name).shape for name in quantisable(bare)},
+            stored_places(bare, files),
+        )
+        places = {name: stored[name] for name in shapes if name in stored and stored[name][1].shape == shapes[name]}
+    state = cast_state(files, dtype, keep, {spec.name for _, spec in places.values()})
     if state is None:
         found = auto.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, **how
@@ -179,6 +207,8 @@ def _read_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> t
     else:
         found = kind.from_pretrained(None, state_dict=state, **how)
     model, info = found
+    if base is not None:
+        hold_as_codes(model, quantisable(model), base, dtype, places)
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model, info
@@ -223,6 +253,8 @@ def _check_finite(model: nn.Module, folder: Path) -> None:
     bad = []
     for name, parameter in model.named_parameters():
         # one pass without a temporary; only a suspicious sum (fp16 may overflow) needs the exact look
+        if isinstance(parameter, Quantized):
+            continue  # looked at when it was made
         if not torch.isfinite(parameter.sum()) and not torch.isfinite(parameter).all():
             bad.append(name)
     if bad:

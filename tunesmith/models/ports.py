@@ -16,6 +16,7 @@ from tunesmith.core.errors import AdapterError
 from tunesmith.core.switches import on
 from tunesmith.kernels.build import usable
 from tunesmith.kernels.lowrank import LowRank, Map, maps
+from tunesmith.kernels.quantized import Quantized
 from tunesmith.models.copies import acting_parameters
 from tunesmith.models.inserts import Insert, Keys, SoftTokens
 from tunesmith.models.mixed import together
@@ -128,7 +129,9 @@ class LinearPort(Port):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out]; low-rank changes have a backward of their own, or act on all rows together."""
-        held, is_all = as_map(self) if usable(x, self._parameters["weight"]) else (None, False)
+        weight = self._parameters["weight"]
+        # codes become numbers where x is
+        held, is_all = as_map(self) if usable(x, None if isinstance(weight, Quantized) else weight) else (None, False)
         if held is None or not is_all or not held.changes:
             return super().forward(x)
         return maps(x.flatten(0, -2), [held]).unflatten(0, x.shape[:-1])

@@ -16,20 +16,27 @@ from torch import Tensor
 STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def cast_state(files: Iterable[Path], dtype: torch.dtype, keep: Collection[str] = ()) -> dict[str, Tensor] | None:
+def cast_state(
+    files: Iterable[Path], dtype: torch.dtype, keep: Collection[str] = (), left_out: Collection[str] = ()
+) -> dict[str, Tensor] | None:
     """All tensors with floating-point ones in `dtype`, or None where most are stored in it already.
 
     Args:
         keep: modules whose tensors stay as they are stored.
+        left_out: stored names of tensors that are read by someone else; zeros that take no memory stand for them.
     """
     found: dict[str, Tensor] = {}
     for path in files:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
             stored = [file.get_slice(name).get_dtype() for name in names]
-        if 2 * stored.count(STORED[dtype]) > len(names):
+        if not left_out and 2 * stored.count(STORED[dtype]) > len(names):
             return None
         for name in names:
+            if name in left_out:
+                with safe_open(path, "pt") as file:
+                    found[name] = torch.zeros((), dtype=dtype).expand(file.get_slice(name).get_shape())
+                continue
             with safe_open(path, "pt") as file:  # anew each time: its pages are given back
                 tensor: Tensor = file.get_tensor(name)
                 cast = tensor.is_floating_point() and not set(keep) & set(name.split("."))

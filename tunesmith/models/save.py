@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunesmith.kernels.quantized import dense
 from tunesmith.models.load import quiet
 from tunesmith.models.ports import base_state
 
@@ -23,7 +24,8 @@ def write_model(loaded: Loaded, folder: Path, shard_bytes: int = 2_000_000_000) 
     """Writes weights, config and tokenizer into a folder that exists. Inserts that are not merged are left out."""
     # transformers saves: some families are stored under other names than they have in memory
     with quiet():
-        loaded.model.save_pretrained(folder, state_dict=base_state(loaded.model), max_shard_size=shard_bytes)
+        state = {name: dense(tensor) for name, tensor in base_state(loaded.model).items()}
+        loaded.model.save_pretrained(folder, state_dict=state, max_shard_size=shard_bytes)
     for name in TOKENIZER_FILES:
         if (loaded.folder / name).is_file():
             shutil.copyfile(loaded.folder / name, folder / name)

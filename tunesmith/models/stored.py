@@ -6,7 +6,6 @@ misleads, or weights that have changed since, can only be left out, never be wro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +34,7 @@ class Stored:
 
     def __init__(self, loaded: Loaded) -> None:
         self.model, self.own = loaded.model, base_state(loaded.model).keys()
-        self.places = _places(loaded.model, weight_files(loaded.folder))
+        self.places = stored_places(loaded.model, weight_files(loaded.folder))
 
     def finer(self, name: str, parameter: nn.Parameter) -> Tensor | None:
         """The numbers that a base parameter, or a fresh copy of it, was rounded from: float32, in its shape.
@@ -56,7 +55,7 @@ class Stored:
         return None
 
 
-def _places(model: nn.Module, files: list[Path]) -> Mapping[str, tuple[Path, TensorSpec]]:
+def stored_places(model: nn.Module, files: list[Path]) -> dict[str, tuple[Path, TensorSpec]]:
     """File and entry of every stored tensor that is one tensor of the model, by its name there."""
     # transformers' own way from the names of files, old and bare ones among them, to those of modules
     from transformers.conversion_mapping import get_model_conversion_mapping

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tunesmith.plan.trace import Traced
 
 log = logging.getLogger(__name__)
+_TORCH = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def calibrate(
 
     Args:
         tokens: of a micro-batch.
-        dtype: fp32 or bf16.
+        dtype: fp32, bf16 or fp16.
         seconds: how long to measure, about.
         folder: where answers are kept; None is the cache folder.
     """
@@ -119,7 +120,7 @@ def calibrate(
     known = _read(path)
     if kept := _calibration(known.get(key)):
         return kept
-    found = _measure(shape, tokens, torch.bfloat16 if dtype == "bf16" else torch.float32, seconds)
+    found = _measure(shape, tokens, getattr(torch, _TORCH[dtype]), seconds)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, canonical_json({**known, key: asdict(found)}, indent=1))

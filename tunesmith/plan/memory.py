@@ -36,6 +36,7 @@ class TensorSpec:
         item_bytes: bytes of one number.
         trainable: whether an optimizer moves it.
         buffer: it is state, not a parameter: it takes memory but is not counted as one.
+        codes_bytes: what it takes where it is held as codes with their scales; 0 where it is held as numbers.
     """
 
     name: str
@@ -43,6 +44,7 @@ class TensorSpec:
     item_bytes: int
     trainable: bool = False
     buffer: bool = False
+    codes_bytes: int = 0
 
     @property
     def count(self) -> int:
@@ -54,7 +56,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        return self.count * self.item_bytes
+        return self.codes_bytes or self.count * self.item_bytes
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,10 @@ def estimate_activations(
 
 
 def _spec(name: str, tensor: torch.Tensor, trainable: bool, buffer: bool = False) -> TensorSpec:
-    return TensorSpec(name, tuple(tensor.shape), tensor.element_size(), trainable, buffer)
+    from tunesmith.kernels.quantized import Quantized
+
+    held = tensor.held_bytes if isinstance(tensor, Quantized) else 0
+    return TensorSpec(name, tuple(tensor.shape), tensor.element_size(), trainable, buffer, held)
 
 
 def _known(table: dict[str, int], name: str, where: str) -> int:

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from tunesmith.core.problem import ProblemKind
 from tunesmith.core.types import Batch
 from tunesmith.kernels.build import counted, imitated
+from tunesmith.kernels.quantized import Quantized
 
 aten = torch.ops.aten
 
@@ -60,7 +61,8 @@ class LiveStorages(TorchDispatchMode):
         out = func(*args, **kwargs)
         # what shares an input's storage is nothing new, be the input counted or from before
         known = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        produced = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        # codes are nothing new either: only what is made of them is
+        produced = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and not isinstance(leaf, Quantized)]
         for tensor in produced:
             if tensor.untyped_storage()._cdata not in known:
                 self._hold(tensor)
@@ -223,6 +225,8 @@ def _as_if_on_cpu(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
 
 
 def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    if isinstance(tensor, Quantized):
+        return nn.Parameter(tensor.with_parts(partial(_fake, mode=mode)), requires_grad=False)
     bare = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     pretended = FakeTensor(mode, bare, torch.device("cpu"))
     if isinstance(tensor, nn.Parameter):

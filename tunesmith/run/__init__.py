@@ -176,7 +176,7 @@ def _make_ready(prepared: Prepared, folder: RunFolder, world: Alone) -> _Ready:
 def _load(prepared: Prepared, compute: str) -> Loaded:
     from tunesmith.models.load import load
 
-    loaded = load(str(prepared.folder), dtype=compute)  # type: ignore[arg-type]
+    loaded = load(str(prepared.folder), dtype=compute, base=prepared.config.precision.base)  # type: ignore[arg-type]
     loaded.predicts = prepared.problem
     return loaded
 

@@ -66,7 +66,7 @@ def measure_base(config: Config, forgetting: str | None) -> dict[str, Any]:
 
     prepared = prepare(config)
     RunFolder(config.out).write_config(config)
-    loaded = load(str(prepared.folder), dtype=resolve(config.precision))
+    loaded = load(str(prepared.folder), dtype=resolve(config.precision), base=config.precision.base)
     judge = judge_of(prepared, Path(config.out))
     judge.before(loaded)
     found: dict[str, Any] = {
@@ -178,13 +178,13 @@ def _spread(ratios: list[float]) -> dict[str, float] | None:
 
 def _spectrum(loaded: Loaded, adapter: Adapter | None, base: str) -> dict[str, Any] | None:
     from tunesmith.evaluate.spectrum import changes_of_adapter, changes_of_model, spectrum
-    from tunesmith.models.load import load
+    from tunesmith.models.load import DTYPES, load
 
     if adapter is not None:
         found = spectrum(changes_of_adapter(adapter))
     else:
-        names = {"torch.float32": "fp32", "torch.bfloat16": "bf16"}
-        before: Any = load(base, dtype=names[str(loaded.model.dtype)])  # type: ignore[arg-type]
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        before: Any = load(base, dtype=names[loaded.model.dtype])  # type: ignore[arg-type,index]
         found = spectrum(changes_of_model(loaded.model, before.model))
     return found.as_dict() if found else None
 

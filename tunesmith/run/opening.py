@@ -21,7 +21,7 @@ from tunesmith.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from tunesmith.adapt.adapter import Adapter
-    from tunesmith.models.load import Loaded
+    from tunesmith.models.load import Base, Loaded
     from tunesmith.models.route import Route
 
 
@@ -163,6 +163,16 @@ def look(source: str, *, template: str = "auto", plain: bool = False) -> Seen:
     return seen
 
 
+def _held(adapter: Path | None) -> Base:
+    """In what the base was held that an adapter was trained on: on another one it would say something else."""
+    settings = read_json(adapter / "adapter_config.json", ModelError) if adapter is not None else None
+    told = settings.get("tunesmith_base") if isinstance(settings, dict) else None
+    held = told.get("held", "same") if isinstance(told, dict) else "same"
+    if held not in ("same", "bf16", "int8", "nf4"):
+        raise ModelError(f"a base held in {held!r} is not known here", where=str(adapter))
+    return held  # type: ignore[return-value]
+
+
 def _problem(adapter: Path | None, folder: Path) -> Problem | None:
     """What the head beside an adapter, or in a model's folder, predicts; None where there is none."""
     path = folder / HEAD_SETTINGS if adapter is None else adapter / "adapter_config.json"
@@ -176,7 +186,7 @@ def open_model(source: str | Seen, *, template: str = "auto", precision: str = "
     """Loads what `source` stands for; the other arguments are those of `look`.
 
     Args:
-        precision: fp32, bf16 or auto.
+        precision: fp32, bf16, fp16 or auto.
 
     Raises: ModelError, AdapterError, ConfigError.
     """
@@ -188,7 +198,7 @@ def open_model(source: str | Seen, *, template: str = "auto", precision: str = "
     from tunesmith.train.section import PrecisionSection
 
     compute = resolve_precision(PrecisionSection.model_validate({"compute": precision}))
-    loaded = load(str(seen.folder), dtype=compute)
+    loaded = load(str(seen.folder), dtype=compute, base=_held(seen.named.adapter))
     adapter = None
     if seen.named.adapter is not None:
         from tunesmith.adapt.store import load_adapter

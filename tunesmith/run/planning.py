@@ -84,7 +84,8 @@ def open_meta(prepared: Prepared) -> Loaded:
     from tunesmith.models.load import meta
     from tunesmith.train.precision import resolve
 
-    loaded = meta(str(prepared.folder), dtype=resolve(prepared.config.precision))
+    precision = prepared.config.precision
+    loaded = meta(str(prepared.folder), dtype=resolve(precision), base=precision.base)
     loaded.predicts = prepared.problem
     return loaded
 

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 WEIGHTS, MOMENTS, STATE, MANIFEST = "weights.safetensors", "moments.safetensors", "state.json", "manifest.json"
 MEMORY = "memory."  # before the names of what a method remembers, which lies with the moments
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{6,})")
 _LEFTOVER = re.compile(r"\.step-\d{6,}\..*")
 _REPLACED = re.compile(r"\.(step-\d{6,})\.[^.]+\.old")  # what atomic_folder moves out of the way
@@ -58,6 +58,8 @@ class State:
         best_value, best_step: of the metric to stop on.
         bad_evaluations: evaluations in a row without a new best.
         reason: why the run is over; empty while it is not.
+        updates: since the optimizer's moments were fresh; none of a step that loss scaling left out.
+        scaling: the fields of `scaling.LossScale`; empty where the loss is not scaled.
         pending: the record of the last step as JSON, when the run was stopped before its evaluation was done.
     """
 
@@ -72,6 +74,8 @@ class State:
     best_step: int | None = None
     bad_evaluations: int = 0
     reason: str = ""
+    updates: int = 0
+    scaling: dict[str, Any] = field(default_factory=dict)
     pending: str = ""
 
 

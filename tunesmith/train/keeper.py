@@ -63,15 +63,19 @@ class Keeper:
         self.layout.deal(room, pieces)
 
     def read_moments(self, optimizer: AdamW, steps: int) -> None:
-        """Lets an optimizer go on after `steps` updates, and the method with what it remembered."""
-        pieces = optimizer.masters
+        """Lets an optimizer go on after `steps` updates, and the method with what it remembered.
+
+        After none there are no moments: every step so far was left out.
+        """
+        pieces = optimizer.masters if steps else {}
         held = {kind: {name: torch.empty_like(pieces[name]) for name in pieces} for kind in (FIRST, SECOND)}
         rooms = {kind: self.layout.room(moments) for kind, moments in held.items()}
         self.world.first(lambda: self._read(MOMENTS, _named(rooms) | self.memory))
         for kind, moments in held.items():
             self.layout.deal(rooms[kind], moments)
         self.world.same(self.memory.values())
-        optimizer.restore(_named(held), steps)
+        if steps:
+            optimizer.restore(_named(held), steps)
 
     def save(self, state: State, pieces: Mapping[str, Tensor], optimizer: AdamW, seconds: float) -> None:
         """A checkpoint of now; older ones go only once it is on the disk."""

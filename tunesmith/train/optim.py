@@ -60,6 +60,11 @@ class AdamW:
             group["lr"] = lr * group["lr_factor"]
         self.inner.step()
 
+    @property
+    def updates(self) -> int:
+        """How many there were since the moments were fresh."""
+        return next((int(held["step"]) for held in self.inner.state.values()), 0)
+
     def state(self) -> dict[str, Tensor]:
         """Both moments of every tensor, by `first/NAME` and `second/NAME`. Empty before the first step."""
         return {

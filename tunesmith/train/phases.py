@@ -24,12 +24,10 @@ class Span:
 
     Attributes:
         number: of the phase, from 1.
-        before_steps: steps that are done when it begins.
         names: what trains, sorted.
     """
 
     number: int
-    before_steps: int
     names: tuple[str, ...]
 
 
@@ -40,16 +38,14 @@ def span_of(phases: Sequence[Phase], names: Iterable[str], step: int, total_step
         AdapterError: a phase names what is not there.
     """
     every = tuple(sorted(names))
-    done = 0
     for number, phase in enumerate(phases, 1):
         end = round(phase.until * total_steps)
         if step <= end or number == len(phases):
             unknown = sorted((phase.names or set()) - set(every))
             if unknown:
                 raise AdapterError(f"phase {number} trains {unknown[0]}, which is not there", where="method")
-            return Span(number, done, every if phase.names is None else tuple(sorted(phase.names)))
-        done = end
-    return Span(1, 0, every)
+            return Span(number, every if phase.names is None else tuple(sorted(phase.names)))
+    return Span(1, every)
 
 
 def train_only(parameters: Mapping[str, nn.Parameter], names: Iterable[str]) -> None:

@@ -1,8 +1,9 @@
 """In what numbers a step is computed: what is held in few bits is trained through a copy in many.
 
-A parameter in bfloat16 gets an fp32 master. Its gradient is added to the master's as soon as a backward pass has
+A parameter in bf16 or fp16 gets an fp32 master. Its gradient is added to the master's as soon as a backward pass has
 finished it, in fp32, and freed; the optimizer sees masters only; after the update they are rounded back.
-Parameters that are fp32 already (adapters: their ports cast them on use) are their own masters.
+Parameters that are fp32 already (adapters: their ports cast them on use) are their own masters. In fp16 the loss is
+scaled (`scaling.py`), adapters' too: their gradients come through fp16 activations.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.train.probe import is_bf16_faster
+from tunesmith.train.scaling import LossScale
 
 if TYPE_CHECKING:
     from tunesmith.train.section import PrecisionSection
@@ -25,7 +27,7 @@ log = logging.getLogger(__name__)
 Stored = Callable[[str, nn.Parameter], Tensor | None]
 
 
-def resolve(section: PrecisionSection, device: torch.device | str = "cpu") -> Literal["fp32", "bf16"]:
+def resolve(section: PrecisionSection, device: torch.device | str = "cpu") -> Literal["fp32", "bf16", "fp16"]:
     """The compute format that `auto` stands for on a device: bf16 where its hardware multiplies faster in it."""
     if section.compute != "auto":
         return section.compute
@@ -44,6 +46,7 @@ class Precision:
     Attributes:
         parameters: what the model computes with, by name.
         masters: what the optimizer updates, by the same names: the parameter itself or its fp32 copy.
+        scaling: the factor of the loss; None where nothing is computed in fp16.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Precision:
         stored: Stored = lambda name, held: None,
     ) -> None:
         self.parameters = dict(parameters)
+        self.scaling = LossScale() if section.compute == "fp16" else None
         self.masters: dict[str, nn.Parameter] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         low = [name for name, parameter in self.parameters.items() if parameter.dtype.itemsize < 4]
@@ -73,8 +77,8 @@ class Precision:
         return master
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of a loss to the masters' gradients."""
-        loss.backward()
+        """Adds the gradient of a loss, scaled where there is scaling, to the masters' gradients."""
+        (loss if self.scaling is None else loss * self.scaling.scale).backward()
 
     def publish(self) -> None:
         """Rounds the masters into the parameters that the model computes with."""

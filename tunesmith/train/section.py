@@ -122,9 +122,22 @@ class PrecisionSection(Section):
     """In what numbers.
 
     Attributes:
-        compute: of weights and activations in forward and backward; `auto` is bf16 where the hardware has it.
-        master: trained weights that are held in bf16 get an fp32 copy, which is what the optimizer updates.
+        compute: of weights and activations in forward and backward; `auto` is bf16 where the hardware has it; fp16
+            scales the loss.
+        base: what the frozen weights of linear maps are held in, but the output head's; they are computed with in
+            `compute`. `same` is that format.
+        master: trained weights that are held in bf16 or fp16 get an fp32 copy, which is what the optimizer updates.
     """
 
-    compute: Literal["auto", "fp32", "bf16"] = "auto"
+    compute: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     master: bool = True
+    base: Literal["same", "bf16", "int8", "nf4"] = "same"
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Self:
+        if self.compute == "fp16" and not self.master:
+            raise ValueError(
+                "fp16 is trained through fp32 masters: its own smallest number, 6e-8, is larger than most updates; "
+                "set master to true, or compute to bf16"
+            )
+        return self

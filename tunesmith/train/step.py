@@ -32,7 +32,7 @@ def accumulate(
     batches: Sequence[Batch],
     precision: Precision,
     layout: Layout,
-    reseed: Callable[[int], None] = lambda micro: None,
+    reseed: Callable[[int], object] = lambda micro: None,
     spare: Batch | None = None,
 ) -> float:
     """Adds the gradient of a step to the masters and answers its loss, the mean over the units of all batches.
@@ -104,18 +104,29 @@ def update(
     rows: Sequence[Batch] = (),
     then: Callable[[], None] = lambda: None,
 ) -> float:
-    """Clips, steps, publishes and frees the gradients; answers the norm before clipping.
+    """Unscales, clips, steps, publishes and frees the gradients; answers the norm before clipping.
 
-    `then` is called once parameters have moved, while the gradients are still there.
+    `then` is called once parameters have moved, while the gradients are still there. Where the loss is scaled and the
+    norm is not finite, the factor is lowered, nothing else changes, and `then` is not called.
 
-    Raises DivergedError when the norm is not finite, before anything has changed.
+    Raises DivergedError when the norm is not finite and that is not the factor's doing, before anything has changed.
     """
     gradients = [master.grad for master in optimizer.masters.values() if master.grad is not None]
+    scaling = precision.scaling
+    if scaling is not None:
+        scaling.unscale(gradients)
     norm = float(layout.norm(gradients))
-    if not math.isfinite(norm):
+    overflowed = not math.isfinite(norm)
+    if overflowed and (scaling is None or not scaling.can_fall):
         raise DivergedError(
             f"the norm of the gradient is not a finite number; rows {layout.world.named(named_rows(rows))}"
         )
+    if scaling is not None:
+        scaling.adjust(overflowed)
+    if overflowed:
+        layout.clear()
+        precision.clear()
+        return norm
     if clip and norm > clip:
         torch._foreach_mul_(gradients, clip / norm)
     optimizer.step(lr)

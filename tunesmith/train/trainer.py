@@ -29,6 +29,7 @@ from tunesmith.train.log import MetricsLog, peak_bytes
 from tunesmith.train.optim import AdamW
 from tunesmith.train.phases import span_of, train_only
 from tunesmith.train.precision import Precision
+from tunesmith.train.scaling import LossScale
 from tunesmith.train.schedule import learning_rate
 from tunesmith.train.step import accumulate, fill_missing, update
 from tunesmith.train.stop import Cut, Signals, judge
@@ -167,7 +168,9 @@ class _Run:
         self.state = State(**known["state"])
         self.keeper.read_weights(self.pieces)
         self._enter(max(1, self.state.step))
-        self.keeper.read_moments(self.optimizer, self.state.step - self.span.before_steps)
+        self.keeper.read_moments(self.optimizer, self.state.updates)
+        if self.precision.scaling is not None:
+            self.precision.scaling = LossScale(**self.state.scaling)
         self.layout.publish(self.precision, self.pieces)
         self.resumed_step = self.keeper.saved_step = self.weights_step = self.state.step
         self.earlier_seconds = known["elapsed_seconds"]
@@ -214,7 +217,9 @@ class _Run:
             log.info("step %d: phase %d, %d tensors train", number, self.span.number, len(self.span.names))
         batches = [self.collate(examples).to(self.device) for examples in step.micro_batches]
         spare = self.collate(step.spare).to(self.device) if self.layout.in_step else None
-        lr = learning_rate(self.settings, number, self.total_steps)
+        scaling = self.precision.scaling
+        # a step that is left out takes nothing of the schedule
+        lr = learning_rate(self.settings, number - (scaling.skipped_steps if scaling else 0), self.total_steps)
         self.policy.train(True)
         try:
             loss = accumulate(
@@ -248,15 +253,18 @@ class _Run:
         for cause, count in step.dropped.items():
             state.dropped[cause] = state.dropped.get(cause, 0) + count
         self.weights_step = number
+        if not math.isfinite(norm):
+            log.warning("step %d: a gradient overflowed fp16; nothing was updated, the loss scale is halved", number)
         return {
             "step": number, "epoch": step.epoch, "loss": loss, "lr": lr, "grad_norm": norm, "rows": rows,
             "micro_batches": micro_batches, "tokens": tokens, "supervised_tokens": supervised,
-            "total_tokens": state.tokens,
+            "total_tokens": state.tokens, **(scaling.record() if scaling else {}),
         }  # fmt: skip
 
-    def _reseed(self, step: int) -> Callable[[int], None]:
+    def _reseed(self, step: int) -> Callable[[int], object]:
         others = (self.world.rank,) if self.world.rank else ()
-        return lambda micro: _seed_all(seed_for(self.settings.seed, "dropout", step, micro, *others))
+        # of all devices
+        return lambda micro: torch.manual_seed(seed_for(self.settings.seed, "dropout", step, micro, *others))
 
     def _penalise(self) -> None:
         """What the method adds to the loss for the parameters' sake: once, whatever the number of processes."""
@@ -368,6 +376,8 @@ class _Run:
             self.state.pending, self.state.reason = json.dumps(pending), reason
         if self.is_first:
             self.metrics.sync()
+        self.state.updates = self.optimizer.updates
+        self.state.scaling = asdict(self.precision.scaling) if self.precision.scaling else {}
         self.keeper.save(self.state, self.pieces, self.optimizer, self.seconds())
 
     def seconds(self) -> float:
@@ -413,10 +423,6 @@ def _marked(steps: Iterable[Step]) -> Iterator[tuple[Step, bool]]:
         following = next(iterator, None)
         yield current, following is None
         current = following
-
-
-def _seed_all(seed: int) -> None:
-    torch.manual_seed(seed)  # all devices
 
 
 def _cursor(saved: dict[str, Any] | None) -> Cursor:
