@@ -22,7 +22,7 @@ from tunesmith.parallel.world import ALONE
 from tunesmith.plan.memory import count_memory, tensor_specs
 from tunesmith.plan.spread import Spread
 
-WORLDS = (2, 4)
+WORLDS = (2, pytest.param(4, marks=pytest.mark.slow))
 EVERY = [(shard, method) for shard in SHARDS for method in METHODS]
 
 
