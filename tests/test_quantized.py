@@ -67,7 +67,7 @@ def test_every_number_has_the_nearest_code_of_its_block():
     largest = flat.abs().amax(1, keepdim=True)
     best = (flat / largest).unsqueeze(-1).sub(codes.NF4.double()).abs().argmin(-1).view(-1, 2)
     assert torch.equal(parts["codes"], (best[:, 0] * 16 + best[:, 1]).to(torch.uint8))
-    scales = codes.from_dynamic(parts["scales"], parts["steps"], signed=True) + parts["offset"]
+    scales = codes.from_dynamic(parts["scales"], parts["steps"], signed=True, block=256) + parts["offset"]
     assert (scales.double() - largest[:, 0]).abs().max() < 0.01 * largest.max()
     found = codes.from_nf4(parts, x.shape, torch.float32)
     expected = codes.NF4[best.flatten()].view(-1, 64) * scales[:, None]
@@ -83,7 +83,7 @@ def test_int8_is_half_a_step_away_at_most():
 def test_dynamic_codes_are_the_nearest_ones():
     for signed in (True, False):
         x = weight(1, 1000) if signed else weight(1, 1000).square()
-        found, scales = codes.to_dynamic(x, signed=signed)
+        found, scales = codes.to_dynamic(x, signed=signed, block=256)
         parts = nn.functional.pad(x.flatten(), (0, 24)).view(-1, 256).double() / scales[:, None]
         best = parts.flatten()[:1000, None].sub(codes.DYNAMIC[signed].double()).abs().argmin(1)
         assert torch.equal(found, best.to(torch.uint8))
@@ -94,7 +94,7 @@ def test_dynamic_codes_are_the_nearest_ones():
 def test_the_kernels_are_their_plain_twins_bit_for_bit(dtype, shape):
     x = weight(*shape)
     parts = codes.to_nf4(x)
-    scales = codes.from_dynamic(parts["scales"], parts["steps"], signed=True) + parts["offset"]
+    scales = codes.from_dynamic(parts["scales"], parts["steps"], signed=True, block=256) + parts["offset"]
     twin = codes.plain_nf4(parts["codes"], scales, x.shape, dtype)
     assert torch.equal(codes.from_nf4(parts, x.shape, dtype), twin)
     parts = codes.to_int8(x)

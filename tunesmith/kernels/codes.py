@@ -15,7 +15,6 @@ from tunesmith.kernels.build import DTYPES, Functions, pointer, threads, usable
 
 BLOCK = 64  # numbers of nf4 that share a scale
 SCALES = 256  # scales that share a scale
-STATES = 256  # numbers of dynamic 8-bit that share a scale
 _LEVELS = 7  # powers of ten of the dynamic format
 
 kernels = Functions(ts_from_four_bits="pppplii", ts_from_eight_bits="pppllii")
@@ -80,19 +79,28 @@ def plain_nf4(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dty
     return numbers.view(-1)[: shape.numel()].view(shape).to(dtype)
 
 
-def to_dynamic(x: Tensor, *, signed: bool, block: int = STATES) -> tuple[Tensor, Tensor]:
+def to_dynamic(x: Tensor, *, signed: bool, block: int, chance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes of a tensor of any shape, uint8 in one row, and the largest magnitude of every block, float32.
 
     Args:
         signed: whether it has negative numbers.
+        chance: of the shape of x, in [0, 1): a number between two of the table becomes the larger one where its share
+            of the way there is more than this; None takes the nearer one.
     """
     blocks = _in_blocks(x, block)
     largest = blocks.abs().amax(1)
-    codes = _nearest(blocks * _inverse(largest)[:, None], DYNAMIC[signed])
+    scaled = blocks * _inverse(largest)[:, None]
+    if chance is None:
+        codes = _nearest(scaled, DYNAMIC[signed])
+    else:
+        table = DYNAMIC[signed].to(x.device)
+        below = (torch.bucketize(scaled, table, right=True) - 1).clamp_(0, len(table) - 2)
+        share = (scaled - table[below]) / (table[below + 1] - table[below])
+        codes = (below + (share > _in_blocks(chance, block))).to(torch.uint8)
     return codes.view(-1)[: x.numel()], largest
 
 
-def from_dynamic(codes: Tensor, scales: Tensor, *, signed: bool, block: int = STATES) -> Tensor:
+def from_dynamic(codes: Tensor, scales: Tensor, *, signed: bool, block: int) -> Tensor:
     """The numbers of `to_dynamic`, float32 in one row."""
     table = DYNAMIC[signed].to(codes.device)
     return table.index_select(0, codes.int()) * scales.repeat_interleave(block)[: codes.numel()]

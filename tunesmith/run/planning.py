@@ -52,6 +52,7 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
             trainable=list(adapter.parameters.values()),
             loss=lambda batch: config.objective.loss(policy, batch).total,
             master=config.precision.master,
+            optimizer_state=config.train.optimizer_state,
             calibration=calibration,
         )
 

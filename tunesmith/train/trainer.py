@@ -23,7 +23,7 @@ from tunesmith.core.rng import seed_for
 from tunesmith.parallel.layout import Layout, Single
 from tunesmith.train.checkpoint import MEMORY, MOMENTS, WEIGHTS, Checkpoint, Checkpoints, State
 from tunesmith.train.log import MetricsLog, peak_bytes
-from tunesmith.train.optim import FIRST, SECOND, AdamW
+from tunesmith.train.optim import optimizer_for
 from tunesmith.train.phases import span_of, train_only
 from tunesmith.train.precision import Precision
 from tunesmith.train.scaling import LossScale
@@ -138,7 +138,7 @@ class _Run:
         train_only(self.precision.parameters, span.names)
         self.on_phase(span.number)
         masters = {name: self.precision.masters[name] for name in span.names}
-        self.optimizer = AdamW(masters, weight_decay=self.settings.weight_decay, lr_factors=self.lr_factors)
+        self.optimizer = optimizer_for(masters, self.settings, self.lr_factors)
         return True
 
     def begin(self, resume: bool) -> None:
@@ -162,9 +162,7 @@ class _Run:
     def _adopt(self, found: Checkpoint) -> None:
         found.read(WEIGHTS, self.precision.masters)
         self._enter(max(1, found.state.step))
-        masters = self.optimizer.masters
-        names = masters if found.state.updates else ()
-        moments = {kind + name: torch.empty_like(masters[name]) for name in names for kind in (FIRST, SECOND)}
+        moments = self.optimizer.fresh() if found.state.updates else {}
         found.read(MOMENTS, moments | self.memory)
         if moments:
             self.optimizer.restore(moments, found.state.updates)
