@@ -55,8 +55,8 @@ def test_the_table_is_that_of_the_paper():
     above = torch.special.ndtri(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64)[:-1])
     below = -torch.special.ndtri(torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64)[:-1])
     made = torch.cat([above, below, torch.zeros(1)]).sort().values / above.max()
-    assert torch.allclose(codes.nf4_table().double(), made, rtol=0, atol=3e-7)
-    assert len(codes.dynamic_table(True).unique()) == len(codes.dynamic_table(False).unique()) == 256
+    assert torch.allclose(codes.NF4.double(), made, rtol=0, atol=3e-7)
+    assert len(codes.DYNAMIC[True].unique()) == len(codes.DYNAMIC[False].unique()) == 256
 
 
 def test_every_number_has_the_nearest_code_of_its_block():
@@ -65,12 +65,12 @@ def test_every_number_has_the_nearest_code_of_its_block():
     parts = codes.to_nf4(x)
     flat = nn.functional.pad(x.flatten(), (0, -x.numel() % 64)).view(-1, 64).double()
     largest = flat.abs().amax(1, keepdim=True)
-    best = (flat / largest).unsqueeze(-1).sub(codes.nf4_table().double()).abs().argmin(-1).view(-1, 2)
+    best = (flat / largest).unsqueeze(-1).sub(codes.NF4.double()).abs().argmin(-1).view(-1, 2)
     assert torch.equal(parts["codes"], (best[:, 0] * 16 + best[:, 1]).to(torch.uint8))
-    scales = codes.from_dynamic(parts["scales"], parts["steps"], signed=True) + parts["offset"]
+    scales = codes.from_dynamic(parts["scales"], parts["steps"], signed=True, block=256) + parts["offset"]
     assert (scales.double() - largest[:, 0]).abs().max() < 0.01 * largest.max()
     found = codes.from_nf4(parts, x.shape, torch.float32)
-    expected = codes.nf4_table()[best.flatten()].view(-1, 64) * scales[:, None]
+    expected = codes.NF4[best.flatten()].view(-1, 64) * scales[:, None]
     assert torch.equal(found, expected.flatten()[: x.numel()].view(x.shape))
 
 
@@ -83,9 +83,9 @@ def test_int8_is_half_a_step_away_at_most():
 def test_dynamic_codes_are_the_nearest_ones():
     for signed in (True, False):
         x = weight(1, 1000) if signed else weight(1, 1000).square()
-        found, scales = codes.to_dynamic(x, signed=signed)
+        found, scales = codes.to_dynamic(x, signed=signed, block=256)
         parts = nn.functional.pad(x.flatten(), (0, 24)).view(-1, 256).double() / scales[:, None]
-        best = parts.flatten()[:1000, None].sub(codes.dynamic_table(signed).double()).abs().argmin(1)
+        best = parts.flatten()[:1000, None].sub(codes.DYNAMIC[signed].double()).abs().argmin(1)
         assert torch.equal(found, best.to(torch.uint8))
 
 
@@ -94,7 +94,7 @@ def test_dynamic_codes_are_the_nearest_ones():
 def test_the_kernels_are_their_plain_twins_bit_for_bit(dtype, shape):
     x = weight(*shape)
     parts = codes.to_nf4(x)
-    scales = codes.from_dynamic(parts["scales"], parts["steps"], signed=True) + parts["offset"]
+    scales = codes.from_dynamic(parts["scales"], parts["steps"], signed=True, block=256) + parts["offset"]
     twin = codes.plain_nf4(parts["codes"], scales, x.shape, dtype)
     assert torch.equal(codes.from_nf4(parts, x.shape, dtype), twin)
     parts = codes.to_int8(x)
@@ -109,7 +109,7 @@ def test_nf4_codes_are_those_of_bitsandbytes():
     parts = codes.to_nf4(x)
     assert torch.equal(packed.flatten(), parts["codes"])
     assert torch.equal(state.state2.absmax, parts["steps"])
-    assert torch.equal(state.state2.code, codes.dynamic_table(True))
+    assert torch.equal(state.state2.code, codes.DYNAMIC[True])
     apart = (state.absmax.int() - parts["scales"].int()).abs()
     assert apart.max() <= 1
     assert (apart != 0).float().mean() < 0.01
@@ -301,7 +301,7 @@ def test_the_plan_counts_codes_and_scales_to_the_byte(tmp_path, kind):
     from tunesmith.plan.memory import count_parameters, tensor_specs
 
     tiny_folder(tmp_path)
-    real, bare = load(tmp_path, dtype="fp32", base=kind), meta(tmp_path, dtype="fp32", base=kind)
+    bare, real = meta(tmp_path, dtype="fp32", base=kind), load(tmp_path, dtype="fp32", base=kind)
     counted = sum(spec.nbytes for spec in tensor_specs(bare.model))
     tensors = list(real.model.parameters()) + list(real.model.buffers())
     parts = [part for one in tensors for part in (one.parts.values() if isinstance(one, Quantized) else [one])]

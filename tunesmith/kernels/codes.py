@@ -8,8 +8,6 @@ row (Dettmers et al. 2022, arXiv 2208.07339, section 3.1). What a matrix of code
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -17,7 +15,6 @@ from tunesmith.kernels.build import DTYPES, Functions, pointer, threads, usable
 
 BLOCK = 64  # numbers of nf4 that share a scale
 SCALES = 256  # scales that share a scale
-STATES = 256  # numbers of dynamic 8-bit that share a scale
 _LEVELS = 7  # powers of ten of the dynamic format
 
 kernels = Functions(ts_from_four_bits="pppplii", ts_from_eight_bits="pppllii")
@@ -31,22 +28,20 @@ _NF4 = (
 )  # fmt: skip
 
 
-@cache
-def nf4_table() -> Tensor:
-    """The sixteen numbers of nf4, float32, ascending."""
-    return torch.tensor(_NF4)
-
-
-@cache
-def dynamic_table(signed: bool) -> Tensor:
-    """The 256 numbers of the dynamic format, float32, ascending; of one sign with twice as many digits."""
+def _dynamic(signed: bool) -> Tensor:
     positive = []
     for level in range(_LEVELS):
-        edges = torch.linspace(0.1, 1, 2 ** (level if signed else level + 1) + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (level if signed else level + 1) + 1, device="cpu")
         positive.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (level - _LEVELS + 1))
     found = torch.cat(positive)
     both = torch.cat([found, -found]) if signed else found
-    return torch.cat([both, torch.tensor([0.0, 1.0])]).sort().values
+    return torch.cat([both, torch.tensor([0.0, 1.0], device="cpu")]).sort().values
+
+
+# made once, on import: what is made while a plan is would be without data. All float32, ascending.
+NF4 = torch.tensor(_NF4, device="cpu")
+# the 256 numbers of the dynamic format by whether there are negative ones; without, twice as many digits
+DYNAMIC = {signed: _dynamic(signed) for signed in (True, False)}
 
 
 def to_nf4(x: Tensor) -> dict[str, Tensor]:
@@ -58,7 +53,7 @@ def to_nf4(x: Tensor) -> dict[str, Tensor]:
     """
     blocks = _in_blocks(x, BLOCK)
     largest = blocks.abs().amax(1)
-    codes = _nearest(blocks * _inverse(largest)[:, None], nf4_table()).view(-1, 2)
+    codes = _nearest(blocks * _inverse(largest)[:, None], NF4).view(-1, 2)
     offset = largest.mean()
     scales, steps = to_dynamic(largest - offset, signed=True, block=SCALES)
     return {"codes": codes[:, 0] << 4 | codes[:, 1], "scales": scales, "steps": steps, "offset": offset}
@@ -67,7 +62,7 @@ def to_nf4(x: Tensor) -> dict[str, Tensor]:
 def from_nf4(parts: dict[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The numbers of codes: table x scale in float32, rounded once to `dtype`."""
     scales = from_dynamic(parts["scales"], parts["steps"], signed=True, block=SCALES) + parts["offset"]
-    codes, table = parts["codes"], nf4_table().to(scales.device)
+    codes, table = parts["codes"], NF4.to(scales.device)
     if not (dtype in DTYPES and usable(scales)):
         return plain_nf4(codes, scales, shape, dtype)
     found = torch.empty(shape, dtype=dtype, device=codes.device)
@@ -78,27 +73,36 @@ def from_nf4(parts: dict[str, Tensor], shape: torch.Size, dtype: torch.dtype) ->
 
 def plain_nf4(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The plain twin of the kernel: scales are float32."""
-    table = nf4_table().to(scales.device)
+    table = NF4.to(scales.device)
     pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1)  # of every byte, both numbers
     numbers = pairs.index_select(0, codes.int()).view(-1, BLOCK) * scales[:, None]
     return numbers.view(-1)[: shape.numel()].view(shape).to(dtype)
 
 
-def to_dynamic(x: Tensor, *, signed: bool, block: int = STATES) -> tuple[Tensor, Tensor]:
+def to_dynamic(x: Tensor, *, signed: bool, block: int, chance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes of a tensor of any shape, uint8 in one row, and the largest magnitude of every block, float32.
 
     Args:
         signed: whether it has negative numbers.
+        chance: of the shape of x, in [0, 1): a number between two of the table becomes the larger one where its share
+            of the way there is more than this; None takes the nearer one.
     """
     blocks = _in_blocks(x, block)
     largest = blocks.abs().amax(1)
-    codes = _nearest(blocks * _inverse(largest)[:, None], dynamic_table(signed))
+    scaled = blocks * _inverse(largest)[:, None]
+    if chance is None:
+        codes = _nearest(scaled, DYNAMIC[signed])
+    else:
+        table = DYNAMIC[signed].to(x.device)
+        below = (torch.bucketize(scaled, table, right=True) - 1).clamp_(0, len(table) - 2)
+        share = (scaled - table[below]) / (table[below + 1] - table[below])
+        codes = (below + (share > _in_blocks(chance, block))).to(torch.uint8)
     return codes.view(-1)[: x.numel()], largest
 
 
-def from_dynamic(codes: Tensor, scales: Tensor, *, signed: bool, block: int = STATES) -> Tensor:
+def from_dynamic(codes: Tensor, scales: Tensor, *, signed: bool, block: int) -> Tensor:
     """The numbers of `to_dynamic`, float32 in one row."""
-    table = dynamic_table(signed).to(codes.device)
+    table = DYNAMIC[signed].to(codes.device)
     return table.index_select(0, codes.int()) * scales.repeat_interleave(block)[: codes.numel()]
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tunesmith.core.errors import ConfigError, did_you_mean
+from tunesmith.core.moments import STATE_BYTES, moment_bytes
 from tunesmith.plan.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 # moments that each optimizer keeps for a trained number
 MOMENTS = {"adamw": 2, "adam": 2, "lion": 1, "momentum": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0}
-
-STATE_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 # resident memory of a process that has imported torch 2.13 (CPU build) and transformers 5.23 and has made one step
 # of a 2-layer model of width 64 (VmRSS, x86-64 Linux, one thread); of it python 13 MB and torch 217 MB
@@ -164,13 +163,14 @@ def count_memory(
         fp32_gradients: the gradients of such weights are summed in float32, as our trainer does: 18 bytes a
             parameter where the usual account (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1) says 16.
         optimizer: a key of MOMENTS.
-        optimizer_state: in what the moments are kept: fp32, bf16 or int8.
+        optimizer_state: in what the moments are kept: fp32, bf16 or int8 (codes, and a scale for each 256; small
+            tensors in fp32).
 
     Raises:
         ConfigError: the optimizer or its state is unknown.
     """
     moments = _known(MOMENTS, optimizer, "train.optimizer")
-    state = _known(STATE_BYTES, optimizer_state, "train.optimizer_state")
+    _known(STATE_BYTES, optimizer_state, "train.optimizer_state")
     specs = list(specs)
     trained = [spec for spec in specs if spec.trainable]
     least = 4 if master and fp32_gradients else 1
@@ -178,7 +178,7 @@ def count_memory(
         weights_bytes=sum(spec.nbytes for spec in specs),
         master_bytes=sum(4 * spec.count for spec in trained if spec.item_bytes < 4) if master else 0,
         gradients_bytes=sum(spec.count * max(least, spec.item_bytes) for spec in trained),
-        optimizer_bytes=moments * state * sum(spec.count for spec in trained),
+        optimizer_bytes=moments * sum(moment_bytes(spec.count, optimizer_state) for spec in trained),
         activations_bytes=activations_bytes,
         overhead_bytes=overhead_bytes,
         peak_bytes=peak_bytes,

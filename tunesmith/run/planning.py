@@ -60,6 +60,7 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
             trainable=trained,
             loss=lambda batch: config.objective.loss(policy, batch).total,
             master=config.precision.master,
+            optimizer_state=config.train.optimizer_state,
             calibration=calibration,
         )
         return spread.applied(found, tensor_specs(model, trained))

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tunesmith.train.optim import AdamW
+    from tunesmith.train.optim import Optimizer
     from tunesmith.train.precision import Precision
 
 
-def held_bytes(policy: Any, precision: Precision, pieces: Mapping[str, Tensor], optimizer: AdamW) -> dict[str, int]:
+def held_bytes(policy: Any, precision: Precision, pieces: Mapping[str, Tensor], optimizer: Optimizer) -> dict[str, int]:
     """Weights, master weights and moments of one process."""
     model = getattr(policy, "model", None)
     weights = [*precision.parameters.values(), *(model.parameters() if model is not None else ())]

@@ -12,17 +12,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from tunesmith.core.errors import CheckpointError, ConfigError
 from tunesmith.train.checkpoint import MEMORY, MOMENTS, WEIGHTS, Checkpoint, Checkpoints, State
-from tunesmith.train.optim import FIRST, SECOND
+from tunesmith.train.optim import FIRST, SCALES, SECOND
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tunesmith.parallel.layout import Layout
-    from tunesmith.train.optim import AdamW
+    from tunesmith.train.optim import Optimizer
 
 log = logging.getLogger(__name__)
 
@@ -62,13 +60,12 @@ class Keeper:
         self.world.first(lambda: self._read(WEIGHTS, room))
         self.layout.deal(room, pieces)
 
-    def read_moments(self, optimizer: AdamW, steps: int) -> None:
+    def read_moments(self, optimizer: Optimizer, steps: int) -> None:
         """Lets an optimizer go on after `steps` updates, and the method with what it remembered.
 
         After none there are no moments: every step so far was left out.
         """
-        pieces = optimizer.masters if steps else {}
-        held = {kind: {name: torch.empty_like(pieces[name]) for name in pieces} for kind in (FIRST, SECOND)}
+        held = _kinds(optimizer.fresh() if steps else {})
         rooms = {kind: self.layout.room(moments) for kind, moments in held.items()}
         self.world.first(lambda: self._read(MOMENTS, _named(rooms) | self.memory))
         for kind, moments in held.items():
@@ -77,7 +74,7 @@ class Keeper:
         if steps:
             optimizer.restore(_named(held), steps)
 
-    def save(self, state: State, pieces: Mapping[str, Tensor], optimizer: AdamW, seconds: float) -> None:
+    def save(self, state: State, pieces: Mapping[str, Tensor], optimizer: Optimizer, seconds: float) -> None:
         """A checkpoint of now; older ones go only once it is on the disk."""
         weights = self.layout.whole(pieces)
         moments = _named({kind: self.layout.whole(held) for kind, held in _kinds(optimizer.state()).items()})
@@ -124,7 +121,7 @@ def _named(held: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _kinds(moments: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The same the other way round."""
-    kinds: Iterable[str] = (FIRST, SECOND)
+    kinds: Iterable[str] = (FIRST, SECOND, SCALES + FIRST, SCALES + SECOND)
     return {
         kind: {name.removeprefix(kind): value for name, value in moments.items() if name.startswith(kind)}
         for kind in kinds

@@ -44,6 +44,7 @@ class TrainSection(Section):
         weight_decay: decoupled, on matrices; norms and biases are never decayed.
         clip: the gradient's norm is scaled down to this; 0 leaves it alone.
         optimizer: AdamW.
+        optimizer_state: in what AdamW keeps its two moments between updates; bf16 and int8 are rounded by chance.
         save_every: steps between checkpoints; the last step is always saved.
         keep: newest checkpoints that stay on disk, besides the best one.
         seed: of data order and dropout.
@@ -67,6 +68,7 @@ class TrainSection(Section):
     weight_decay: float = Field(default=0.0, ge=0, lt=1)
     clip: float = Field(default=1.0, ge=0)
     optimizer: Literal["adamw"] = "adamw"
+    optimizer_state: Literal["fp32", "bf16", "int8"] = "fp32"
     save_every: int = Field(default=50, ge=1)
     keep: int = Field(default=2, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**63)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tunesmith.core.types import Batch
     from tunesmith.objectives.objective import Objective, Policy
     from tunesmith.parallel.layout import Layout
-    from tunesmith.train.optim import AdamW
+    from tunesmith.train.optim import Optimizer
     from tunesmith.train.precision import Precision
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def fill_missing(masters: dict[str, nn.Parameter], first: bool, unreached: Colle
 
 
 def update(
-    optimizer: AdamW,
+    optimizer: Optimizer,
     precision: Precision,
     layout: Layout,
     *,

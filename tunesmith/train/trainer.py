@@ -29,7 +29,7 @@ from tunesmith.train.examine import Examiner
 from tunesmith.train.held import held_bytes, storage_bytes
 from tunesmith.train.keeper import Keeper
 from tunesmith.train.log import MetricsLog, peak_bytes
-from tunesmith.train.optim import AdamW
+from tunesmith.train.optim import optimizer_for
 from tunesmith.train.phases import span_of, train_only
 from tunesmith.train.precision import Precision
 from tunesmith.train.scaling import LossScale
@@ -148,8 +148,7 @@ class _Run:
         train_only(self.precision.parameters, span.names)
         self.on_phase(span.number)
         pieces = {name: self.pieces[name] for name in span.names}
-        decay, factors = self.settings.weight_decay, self.lr_factors
-        self.optimizer = AdamW(pieces, weight_decay=decay, lr_factors=factors, matrices=self.matrices)
+        self.optimizer = optimizer_for(pieces, self.settings, self.lr_factors, self.matrices)
         return True
 
     def begin(self, resume: bool) -> None:

@@ -1,0 +1,18 @@
+"""In what an optimizer keeps its moments, and how many bytes that is; the planner and the trainer agree on it here."""
+
+from __future__ import annotations
+
+BLOCK = 256  # numbers of int8 that share a scale
+SMALL = 4096  # tensors of fewer numbers stay fp32 in int8: they take nothing, and one outlier would be all of a block
+STATE_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+
+
+def kept_in(numbers: int, state: str) -> str:
+    """The format of one moment of a tensor of so many numbers."""
+    return "fp32" if state == "int8" and numbers < SMALL else state
+
+
+def moment_bytes(numbers: int, state: str) -> int:
+    """Bytes of one moment of a tensor, scales with it."""
+    kept = kept_in(numbers, state)
+    return numbers * STATE_BYTES[kept] + (4 * -(-numbers // BLOCK) if kept == "int8" else 0)
