@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from several import METHODS, steps
-from tiny_models import tiny_loaded
+from tiny_models import tiny_loaded, with_exact_norms
 
-from tunesmith.adapt.lora import LoRA
 from tunesmith.data.batch import to_batch
 from tunesmith.data.pack import Cursor
 from tunesmith.evaluate.losses import row_losses
@@ -31,25 +31,50 @@ from tunesmith.train.section import PrecisionSection, TrainSection
 from tunesmith.train.step import accumulate
 from tunesmith.train.trainer import train
 
-LAYOUTS = {
+
+@dataclass(frozen=True)
+class Case:
+    """A layout and what is computed in it.
+
+    Attributes:
+        exact: activations in float64, so that what is not rounding shows: a sum over parts has another order.
+    """
+
+    section: LayoutSection
+    family: str = "llama"
+    exact: bool = False
+
+
+CASES = {
     2: {
-        "gpipe": LayoutSection(pipeline=2, schedule="gpipe"),
-        "1f1b": LayoutSection(pipeline=2, schedule="1f1b"),
-        "interleaved": LayoutSection(pipeline=2, schedule="interleaved"),
+        "gpipe": Case(LayoutSection(pipeline=2, schedule="gpipe")),
+        "1f1b": Case(LayoutSection(pipeline=2, schedule="1f1b")),
+        "interleaved": Case(LayoutSection(pipeline=2, schedule="interleaved")),
+        "through-modules": Case(LayoutSection(pipeline=2), "granite"),
+        "tensor-2": Case(LayoutSection(tensor=2), exact=True),
+        "norms-of-heads": Case(LayoutSection(tensor=2), "qwen3", exact=True),
+        "norms-behind": Case(LayoutSection(tensor=2), "gemma2", exact=True),
     },
     4: {
-        "pipeline-4": LayoutSection(pipeline=4),
-        "data-2-pipeline-2": LayoutSection(data=2, pipeline=2, shard="zero1"),
+        "pipeline-4": Case(LayoutSection(pipeline=4)),
+        "data-2-pipeline-2": Case(LayoutSection(data=2, pipeline=2)),
+        "data-2-pipeline-2-zero1": Case(LayoutSection(data=2, pipeline=2, shard="zero1")),
+        "data-2-tensor-2": Case(LayoutSection(data=2, tensor=2), exact=True),
+        "data-2-tensor-2-zero1": Case(LayoutSection(data=2, tensor=2, shard="zero1"), exact=True),
     },
 }
+# whose training is followed, too
+TRAINED = ("interleaved", "tensor-2", "data-2-pipeline-2-zero1", "data-2-tensor-2")
 STEPS = 4
 
 
-def made(method: str, layout: Layout, family: str = "llama") -> Any:
+def made(method: str, layout: Layout, case: Case) -> Any:
     """A tiny model of four blocks with tied embeddings and a method on it, as a layout computes with it."""
-    loaded = tiny_loaded(family, num_hidden_layers=4, tie_word_embeddings=True)
-    found = METHODS[method] if method in METHODS else LoRA(rank=4, targets=(method,))
-    adapter = found.attach(loaded, seed=1)
+    dtype = torch.float64 if case.exact else torch.float32
+    loaded = tiny_loaded(case.family, dtype=dtype, num_hidden_layers=4, tie_word_embeddings=True)
+    if case.exact:
+        with_exact_norms(loaded)
+    adapter = METHODS[method].attach(loaded, seed=1)
     if method != "full":
         with torch.no_grad():  # a B of zeros leaves A without a gradient
             for number, parameter in enumerate(adapter.parameters.values()):
@@ -58,10 +83,10 @@ def made(method: str, layout: Layout, family: str = "llama") -> Any:
     return layout.adopt(SimpleNamespace(parameters=adapter.parameters, policy=Policy(loaded, adapter.route)))
 
 
-def gradients(world: Alone, section: LayoutSection, method: str, family: str = "llama") -> dict[str, torch.Tensor]:
+def gradients(world: Alone, case: Case, method: str) -> dict[str, torch.Tensor]:
     """The gradient of the first steps, each by itself, and losses of rows, whole on the first process."""
-    layout = layout_of(section, world)
-    tuned = made(method, layout, family)
+    layout = layout_of(case.section, world)
+    tuned = made(method, layout, case)
     precision = Precision(tuned.parameters, PrecisionSection(compute="fp32"))
     pieces = layout.hold(precision)
     found = {}
@@ -75,36 +100,46 @@ def gradients(world: Alone, section: LayoutSection, method: str, family: str = "
         found |= {f"{number}/loss": torch.tensor(loss, dtype=torch.float64), f"{number}/norm": norm.double()}
         precision.clear()
         layout.clear()
-    totals, _ = row_losses(
-        tuned.policy, [row for batch in next(iter(steps(ALONE)(Cursor()))).micro_batches for row in batch]
-    )
+    first = next(iter(steps(ALONE)(Cursor())))
+    totals, _ = row_losses(tuned.policy, [row for batch in first.micro_batches for row in batch])
     found["rows"] = torch.tensor(totals, dtype=torch.float64)
     return found
 
 
-def trained(
-    world: Alone, section: LayoutSection, method: str, folder: Path, resume: bool = False, count: int = STEPS
-) -> Any:
-    """A run of the trainer."""
-    layout = layout_of(section, world)
-    settings = TrainSection(steps=STEPS, rows_per_step=5, micro_batch_rows=2, lr=1e-3, save_every=2, weight_decay=0.1)
-    return train(
-        made(method, layout), steps(layout.data), SFT(), settings, PrecisionSection(compute="fp32"), folder,
-        total_steps=count, layout=layout, collate=to_batch, resume=resume,
+def trained(world: Alone, case: Case, method: str, folder: Path, count: int = STEPS, resume: bool = False) -> Any:
+    """A run of the trainer, and the weights that it ends with."""
+    layout = layout_of(case.section, world)
+    settings = TrainSection(steps=count, rows_per_step=5, micro_batch_rows=2, lr=1e-3, save_every=2, weight_decay=0.1)
+    result = train(
+        made(method, layout, case), steps(layout.data), SFT(), settings, PrecisionSection(compute="fp32"), folder,
+        total_steps=STEPS, layout=layout, collate=to_batch, resume=resume,
     )  # fmt: skip
+    return result, layout.whole(layout.pieces)
+
+
+def followed(world: Alone, case: Case, method: str, folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of a run that begins here and ends in another layout: half of the steps here, all of them alone."""
+    result, whole = trained(world, case, method, folder)
+    if world.is_first:
+        (folder / "ranks.json").write_text(json.dumps(result.ranks))
+    trained(world, case, method, folder.with_name(folder.name + "-begun"), count=STEPS // 2)
+    return {name: value.float() for name, value in whole.items()}
 
 
 def main() -> None:
     folder, size = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     with joined(int(os.environ["RANK"]), size) as world:
-        for name, section in LAYOUTS[size].items():
+        for name, case in CASES[size].items():
             for method in METHODS:
-                found = gradients(world, section, method)
-                result = trained(world, section, method, folder / f"run-{name}-{method}")
+                found = gradients(world, case, method)
                 if world.is_first:
                     save_file(found, folder / f"gradients-{name}-{method}.safetensors")
-                    (folder / f"ranks-{name}-{method}.json").write_text(json.dumps(result.ranks))
+                if name not in TRAINED:
+                    continue
+                found = followed(world, case, method, folder / f"{name}-{method}")
+                if world.is_first:
+                    save_file(found, folder / f"weights-{name}-{method}.safetensors")
 
 
 if __name__ == "__main__":

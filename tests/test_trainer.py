@@ -14,7 +14,6 @@ from tiny_training import Row, TinyTuned, collate, evaluation, lasting, rows, ru
 from tunesmith.core.errors import ConfigError, DataError, DivergedError, Stopped
 from tunesmith.core.types import Mean
 from tunesmith.objectives.sft import SFT
-from tunesmith.parallel.layout import LayoutSection
 from tunesmith.train.section import PrecisionSection, StopSection
 from tunesmith.train.trainer import train
 
@@ -253,13 +252,6 @@ def test_an_observer_without_disk_is_switched_off_and_the_run_goes_on(tmp_path, 
 
     assert run(tmp_path, observers=[full]).step == 12
     assert caplog.text.count("is switched off") == 1
-
-
-def test_a_layout_of_several_processes_is_refused_by_name():
-    for section in ({"data": 2}, {"tensor": 2}, {"pipeline": 4}, {"shard": "zero1"}):
-        with pytest.raises(ValueError, match="not there yet"):
-            LayoutSection.model_validate(section)
-    assert LayoutSection().model_dump() == {"data": 1, "shard": "none", "tensor": 1, "pipeline": 1}
 
 
 def test_the_objective_overfits_a_few_rows(tmp_path):

@@ -24,6 +24,7 @@ from tunesmith.evaluate.section import EvaluateSection
 from tunesmith.objectives.objective import Objective
 from tunesmith.objectives.objectives import OBJECTIVES
 from tunesmith.parallel.layout import LayoutSection
+from tunesmith.parallel.limits import refusals
 from tunesmith.train.section import PrecisionSection, TrainSection
 
 
@@ -170,13 +171,8 @@ def contradictions(config: Config, where: str) -> list[ConfigError]:
     if stop is not None and stop.metric not in ("loss", *judged.metrics):
         known = " ".join(dict.fromkeys(("loss", *judged.metrics)))
         say("train.stop.metric", f"{stop.metric!r} is not measured; there are {known}", "add it to evaluate.metrics")
-    if config.layout.processes > 1 and config.train.cache_trunk:
-        say("train.cache_trunk", "is for one process, and the layout has several", "leave it out")
-    whole = stop is not None and stop.metric not in ("loss", "perplexity") and not config.objective.predicts
-    if config.layout.shard == "zero3" and whole:
-        say(
-            "train.stop.metric", "is of written text, and zero3 has no whole model to write with", "take loss, or zero2"
-        )
+    for key, message, hint in refusals(config):
+        say(key, message, hint)
     if config.precision.compute == "fp32" and not config.precision.master:
         say("precision.master", "has no effect with compute: fp32, which needs no copies", "leave it out")
     return found

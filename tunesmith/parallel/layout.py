@@ -66,8 +66,8 @@ class LayoutSection(Section):
                 raise ValueError(
                     f"{name}: {value} has no effect without a pipeline; set pipeline to how many there are"
                 )
-        if self.tensor > 1:
-            raise ValueError(f"tensor: {self.tensor} is not there yet; matrices stay whole in this version")
+        if self.tensor > 1 and self.pipeline > 1:
+            raise ValueError("tensor and pipeline are not there together yet; each goes with data")
         if self.shard in ("zero2", "zero3") and self.tensor * self.pipeline > 1:
             raise ValueError(f"shard: {self.shard} is not there with tensor or pipeline yet; zero1 and none are")
         return self
@@ -237,6 +237,7 @@ STRATEGIES = {
     "zero1": "tunesmith.parallel.zero1:Zero1",
     "zero2": "tunesmith.parallel.zero2:Zero2",
     "zero3": "tunesmith.parallel.zero3:Zero3",
+    "tensor": "tunesmith.parallel.tensor:TensorParallel",
     "pipeline": "tunesmith.parallel.pipeline:Pipeline",
 }
 
@@ -245,9 +246,10 @@ def layout_of(section: LayoutSection, world: Alone) -> Layout:
     """The layout of a section in the world of this process."""
     if not isinstance(world, World):
         return Single()
-    if section.pipeline > 1:
-        found: Layout = _strategy("pipeline")(world, section)
-        return found
+    for name in ("tensor", "pipeline"):
+        if getattr(section, name) > 1:
+            found: Layout = _strategy(name)(world, section)
+            return found
     return of_data(section.shard, world)
 
 

@@ -75,7 +75,7 @@ class Engine:
         count = len(batches)
         if not count:
             return []
-        self.batches, self.reseed = levelled(batches, _wanted(count, self.section)), reseed
+        self.batches, self.reseed = levelled(batches, wanted(count, self.section)), reseed
         self.answer = lambda policy, batch: _total(objective, policy, batch)
         totals: list[Tensor] = []
 
@@ -224,7 +224,7 @@ def idle_share(section: LayoutSection, micro_batches: int) -> float:
     return waiting / (each * micro_batches + waiting)
 
 
-def _wanted(count: int, section: LayoutSection) -> int:
+def wanted(count: int, section: LayoutSection) -> int:
     """How many micro-batches a schedule takes: interleaved 1F1B has rounds of equally many."""
     rounds = max(1, count // section.pipeline) if section.schedule == "interleaved" else 1
     return -(-count // rounds) * rounds
