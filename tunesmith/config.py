@@ -24,6 +24,7 @@ from tunesmith.evaluate.section import EvaluateSection
 from tunesmith.objectives.objective import Objective
 from tunesmith.objectives.objectives import OBJECTIVES
 from tunesmith.parallel.layout import LayoutSection
+from tunesmith.parallel.limits import refusals
 from tunesmith.train.section import PrecisionSection, TrainSection
 
 
@@ -170,35 +171,14 @@ def contradictions(config: Config, where: str) -> list[ConfigError]:
     if stop is not None and stop.metric not in ("loss", *judged.metrics):
         known = " ".join(dict.fromkeys(("loss", *judged.metrics)))
         say("train.stop.metric", f"{stop.metric!r} is not measured; there are {known}", "add it to evaluate.metrics")
-    found += _unfit_for_several(config, where)
+    for key, message, hint in refusals(config):
+        say(key, message, hint)
     if config.precision.compute == "fp32" and not config.precision.master:
         say("precision.master", "has no effect with compute: fp32, which needs no copies", "leave it out")
     base = config.precision.base
     if base != "same" and config.method.trains_all:
         told = f"{base} holds frozen weights, and method {config.method.kind} trains them all"
         say("precision.base", told, "set it to same, or method to lora")
-    return found
-
-
-def _unfit_for_several(config: Config, where: str) -> list[ConfigError]:
-    """What a layout of several processes cannot do."""
-    found: list[ConfigError] = []
-
-    def say(key: str, message: str, hint: str) -> None:
-        found.append(ConfigError(message, where=f"{where}: {key}", hint=hint))
-
-    if config.layout.processes > 1 and config.train.cache_trunk:
-        say("train.cache_trunk", "is for one process, and the layout has several", "leave it out")
-    if config.layout.processes > 1 and config.train.optimizer_state == "int8":
-        told = "int8 codes are of blocks of whole tensors, and processes of a layout may hold parts of them"
-        say("train.optimizer_state", told, "take bf16")
-    whole = config.train.stop is not None and config.train.stop.metric not in ("loss", "perplexity")
-    if config.layout.shard == "zero3" and whole and not config.objective.predicts:
-        told = "is of written text, and zero3 has no whole model to write with"
-        say("train.stop.metric", told, "take loss, or zero2")
-    if config.layout.shard == "zero3" and config.precision.base != "same":
-        told = f"{config.precision.base} holds codes, and zero3 splits numbers"
-        say("precision.base", told, "set it to same, or layout.shard to zero2")
     return found
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TypeVar
 
-from tunesmith.data.pack import Encoded, Sizes, Step, cut
+from tunesmith.data.pack import Encoded, Sizes, Step, cut, cut_into
 
 E = TypeVar("E", bound=Encoded)
 
@@ -22,6 +22,13 @@ def dealt(steps: Iterable[Step[E]], sizes: Sizes, rank: int, size: int) -> Itera
         hands = deal(step, size)
         shortest = min((row for rows in step.micro_batches for row in rows), key=lambda row: len(row.ids))
         yield replace(step, micro_batches=cut(hands[rank], sizes), spare=[shortest])
+
+
+def cut_again(steps: Iterable[Step[E]], count: int) -> Iterator[Step[E]]:
+    """Each step cut into at most `count` micro-batches, whatever cut it before."""
+    for step in steps:
+        rows = [row for batch in step.micro_batches for row in batch]
+        yield replace(step, micro_batches=cut_into(rows, count))
 
 
 def deal(step: Step[E], size: int) -> list[list[E]]:

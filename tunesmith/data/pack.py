@@ -190,6 +190,19 @@ def cut(rows: Sequence[E], sizes: Sizes) -> list[list[E]]:
     return found
 
 
+def cut_into(rows: Sequence[E], count: int) -> list[list[E]]:
+    """At most `count` micro-batches, as even in tokens as they can be; none for no rows."""
+    ordered = _side_by_side(rows)
+    low, high = 1, max(1, sum(len(row.ids) for row in rows))
+    while low < high:  # the smallest size with which there are no more of them
+        middle = (low + high) // 2
+        if len(_in_order(ordered, Sizes(tokens_per_step=high, micro_batch_tokens=middle))) <= count:
+            high = middle
+        else:
+            low = middle + 1
+    return _in_order(ordered, Sizes(tokens_per_step=high, micro_batch_tokens=high))
+
+
 def _in_order(rows: Sequence[E], sizes: Sizes) -> list[list[E]]:
     """Rows one after another, a new micro-batch where one is full."""
     found: list[list[E]] = []

@@ -49,7 +49,7 @@ def fits(model: Any) -> bool:
 def hidden(model: Any, inputs: dict[str, Any], rows: Tensor | None = None) -> Tensor:
     """What the last norm gives: [tokens, width], or for some tokens only, [rows, width].
 
-    Under a cut (`trunk.py`) blocks below it are left out, or those above and the norm.
+    Under a cut (`trunk.py`) blocks below it are left out, or those above and the norm, or both.
 
     Args:
         inputs: `input_ids` and `position_ids`, [1, tokens].
@@ -57,20 +57,18 @@ def hidden(model: Any, inputs: dict[str, Any], rows: Tensor | None = None) -> Te
     """
     base, cut, form = model.base_model, current_cut(), form_of(model)
     assert form is not None  # `fits` was asked before
-    below, given = (0, None) if cut is None else (cut.block, cut.states)
+    begin, end, given = (0, None, None) if cut is None else (cut.begin, cut.end, cut.states)
     x = base.embed_tokens(inputs["input_ids"]) if given is None else given
     shape = _Shape(model.config, form, form.tables(base, x, inputs["position_ids"]))
     x, beside = x[0], None
-    for number, layer in enumerate(base.layers, 1):
-        if cut is not None and (number > below) is (given is None):
-            continue
+    for number, layer in enumerate(base.layers[begin:end], begin + 1):
         run = partial(_block, shape, layer)
         if is_again(layer):
             run = partial(again, run)
         x, beside = run(x, beside, rows if number == len(base.layers) else None)
-    if cut is not None and given is None:
+    if end is not None:
         return x if beside is None else x + beside
-    if rows is not None and below == len(base.layers):
+    if rows is not None and begin == len(base.layers):
         x = x[rows]
     found, _, _ = _normed(shape, base.norm, x, beside)
     return found

@@ -48,12 +48,24 @@ class Cut:
             below runs, and its states are the answer.
         outputs: what a module of a block answers: 0 is a tensor, else a tuple of so many that begins with it.
         hear: is told `outputs` where only what is below runs, through modules.
+        until: a pass that begins at the cut ends before this block, and the states there are the answer.
     """
 
     block: int
     states: Tensor | None = None
     outputs: int = 0
     hear: Callable[[int], None] = lambda outputs: None
+    until: int | None = None
+
+    @property
+    def begin(self) -> int:
+        """The first block that runs."""
+        return 0 if self.states is None else self.block
+
+    @property
+    def end(self) -> int | None:
+        """Behind the last block that runs; None where all that is above runs, too."""
+        return self.block if self.states is None else self.until
 
     def enter(self) -> AbstractContextManager[None]:
         """Makes every forward pass within end or begin here."""
@@ -207,17 +219,21 @@ def through(model: nn.Module, family: Family, call: Callable[[], Tensor]) -> Ten
     cut = current_cut()
     if cut is None:
         return call()
-    blocks = [model.get_submodule(path) for path in block_paths(model, family)[: cut.block]]
-    if cut.states is not None:
-        answer = (cut.states, *[None] * (cut.outputs - 1)) if cut.outputs else cut.states
-        with _instead(blocks, lambda *args, **kwargs: answer):
-            return call()
-    plain = blocks[-1].forward
+    blocks = [model.get_submodule(path) for path in block_paths(model, family)[: cut.end]]
+    states: Any = cut.states
+    answer = (states, *[None] * (cut.outputs - 1)) if cut.outputs else states
+    with _instead(blocks[: cut.begin], lambda *args, **kwargs: answer):
+        return call() if cut.end is None else _reached(blocks[-1], call, cut)
+
+
+def _reached(last: nn.Module, call: Callable[[], Tensor], cut: Cut) -> Tensor:
+    """The states behind a block; nothing above it runs."""
+    plain = last.forward
 
     def ends(*args: Any, **kwargs: Any) -> None:
         raise _Reached(plain(*args, **kwargs))
 
-    with _instead(blocks[-1:], ends):
+    with _instead([last], ends):
         try:
             call()
         except _Reached as reached:

@@ -2,16 +2,16 @@
 
 The one idea: the trainer's step is the same for all. A layout says what of the masters this process updates (its
 *pieces*), adds gradients up over processes, and makes the model's parameters of the updated pieces. One file a
-strategy: `ddp.py`, `zero1.py`, `zero2.py`, `zero3.py`; the table is at the end.
+strategy: `ddp.py`, `zero1.py`, `zero2.py`, `zero3.py`, `tensor.py`, `pipeline.py`; the table is at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from tunesmith.core.section import Section
 from tunesmith.parallel.world import ALONE, Alone, World
@@ -19,7 +19,11 @@ from tunesmith.parallel.world import ALONE, Alone, World
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from tunesmith.core.types import Batch
+
 Shard = Literal["none", "zero1", "zero2", "zero3"]
+Schedule = Literal["gpipe", "1f1b", "interleaved"]
+CHUNKS = 2  # parts of the model that each process of an interleaved pipeline has
 
 
 class LayoutSection(Section):
@@ -29,31 +33,43 @@ class LayoutSection(Section):
         data: processes that share the rows of a step.
         shard: what is split between them: `none` (every one holds all), `zero1` (moments and master weights), `zero2`
             (gradients, too), `zero3` (the weights themselves, too).
-        tensor: processes that split each matrix.
+        tensor: processes that split each matrix of a block.
         pipeline: processes that split the blocks.
+        micro_batches: into how many a step is cut for a pipeline, at most; None cuts as `train` says.
+        schedule: in which order a pipeline computes them; `1f1b` where nothing is said.
     """
 
     data: int = Field(default=1, ge=1)
     shard: Shard = "none"
     tensor: int = Field(default=1, ge=1)
     pipeline: int = Field(default=1, ge=1)
+    micro_batches: int | None = Field(default=None, ge=1)
+    schedule: Schedule | None = None
 
     @property
     def processes(self) -> int:
         """How many processes there are in all."""
         return self.data * self.tensor * self.pipeline
 
-    @field_validator("tensor", "pipeline")
-    @classmethod
-    def _whole_blocks(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError(f"{value} is not there yet; matrices and blocks stay whole in this version, so it is 1")
-        return value
+    @property
+    def stages(self) -> int:
+        """Into how many parts a pipeline cuts the model."""
+        return self.pipeline * (CHUNKS if self.schedule == "interleaved" else 1)
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> Self:
         if self.shard != "none" and self.data == 1:
             raise ValueError(f"shard: {self.shard} has no effect on one process; set data to how many there are")
+        for name in ("micro_batches", "schedule"):
+            value = getattr(self, name)
+            if value is not None and self.pipeline == 1:
+                raise ValueError(
+                    f"{name}: {value} has no effect without a pipeline; set pipeline to how many there are"
+                )
+        if self.tensor > 1 and self.pipeline > 1:
+            raise ValueError("tensor and pipeline are not there together yet; each goes with data")
+        if self.shard in ("zero2", "zero3") and self.tensor * self.pipeline > 1:
+            raise ValueError(f"shard: {self.shard} is not there with tensor or pipeline yet; zero1 and none are")
         return self
 
 
@@ -66,16 +82,30 @@ class Held(Protocol):
     def publish(self) -> None: ...
 
 
+class Passes(Protocol):
+    """Who makes all forward and backward passes of a step together."""
+
+    def __call__(
+        self, objective: Any, batches: Sequence[Batch], weight: float, reseed: Callable[[int], object]
+    ) -> list[Tensor]:
+        """Adds the gradient of a step, each loss divided by `weight`, and answers the totals of its micro-batches."""
+        ...
+
+
 class Layout(Protocol):
     """What the trainer asks about the other processes of a run.
 
     Attributes:
         world: who they are.
+        data: those of them that have other rows.
+        passes: who makes the passes of a step in the trainer's place; None lets the trainer make them one by one.
         pieces: what this process updates, by name; `hold` makes them.
         in_step: every forward and backward pass takes all of them.
     """
 
     world: Alone
+    data: Alone
+    passes: Passes | None
     pieces: dict[str, nn.Parameter]
     in_step: bool
 
@@ -134,6 +164,10 @@ class Layout(Protocol):
         """Fills the pieces of all processes from the first one's whole tensors."""
         ...
 
+    def facts(self) -> dict[str, Any]:
+        """What there is to say of how this process worked, for the end of a run; JSON."""
+        ...
+
     def close(self) -> None:
         """Leaves the parameters as ordinary ones."""
         ...
@@ -143,9 +177,10 @@ class Single:
     """One process: its own rows and its own gradients are all there are."""
 
     in_step = False
+    passes: Passes | None = None
 
     def __init__(self, world: Alone = ALONE) -> None:
-        self.world = world
+        self.world = self.data = world
         self.masters: dict[str, nn.Parameter] = {}
         self.pieces: dict[str, nn.Parameter] = {}
 
@@ -190,6 +225,9 @@ class Single:
     def deal(self, whole: Mapping[str, Tensor], pieces: Mapping[str, Tensor]) -> None:
         pass
 
+    def facts(self) -> dict[str, Any]:
+        return {}
+
     def close(self) -> None:
         pass
 
@@ -199,6 +237,8 @@ STRATEGIES = {
     "zero1": "tunesmith.parallel.zero1:Zero1",
     "zero2": "tunesmith.parallel.zero2:Zero2",
     "zero3": "tunesmith.parallel.zero3:Zero3",
+    "tensor": "tunesmith.parallel.tensor:TensorParallel",
+    "pipeline": "tunesmith.parallel.pipeline:Pipeline",
 }
 
 
@@ -206,6 +246,21 @@ def layout_of(section: LayoutSection, world: Alone) -> Layout:
     """The layout of a section in the world of this process."""
     if not isinstance(world, World):
         return Single()
-    module, _, name = STRATEGIES[section.shard].partition(":")
-    found: Layout = getattr(import_module(module), name)(world)
+    for name in ("tensor", "pipeline"):
+        if getattr(section, name) > 1:
+            found: Layout = _strategy(name)(world, section)
+            return found
+    return of_data(section.shard, world)
+
+
+def of_data(shard: Shard, world: World) -> Layout:
+    """The layout of processes that have other rows and the same model."""
+    if world.size == 1:
+        return Single()
+    found: Layout = _strategy(shard)(world)
     return found
+
+
+def _strategy(name: str) -> Any:
+    module, _, kind = STRATEGIES[name].partition(":")
+    return getattr(import_module(module), kind)

@@ -25,12 +25,18 @@ class Traffic:
     """The collectives of one process, by kind.
 
     Attributes:
-        sent_bytes: by kind: all_reduce, reduce_scatter, all_gather, control, and copies (of checkpoints).
+        sent_bytes: by kind: all_reduce, reduce_scatter, all_gather, activations (and their gradients), control, and
+            copies (of checkpoints).
         seconds: spent in calls of all of them, waiting for slower processes included.
+
+    Args:
+        size: processes that take part.
+        group: torch's name for them; None for all of the run.
+        ledger: where it is counted, for a group within a run; None counts here.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, group: Any = None, ledger: Traffic | None = None) -> None:
+        self.size, self.group, self.ledger = size, group, ledger or self
         self.sent_bytes: dict[str, int] = {}
         self.seconds = 0.0
         self._taken: dict[str, int] = {}
@@ -39,31 +45,36 @@ class Traffic:
     def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, kind: str = "all_reduce") -> None:
         """Every process gets the sum (or another `op`) in place."""
         with self._timed(kind, 2 * tensor.nbytes):
-            dist.all_reduce(tensor, op)
+            dist.all_reduce(tensor, op, group=self.group)
 
     def reduce_scatter(self, part: Tensor, whole: Tensor) -> None:
         """This process gets its part of the sum of `whole` [N x part]."""
         with self._timed("reduce_scatter", whole.nbytes):
-            _reduce_scatter(part, whole)
+            _reduce_scatter(part, whole, group=self.group)
 
     def all_gather(self, whole: Tensor, part: Tensor) -> None:
         """Every process gets all parts in `whole` [N x part]."""
         with self._timed("all_gather", whole.nbytes):
-            _gather_into(whole, part)
+            _gather_into(whole, part, group=self.group)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Every process gets one's tensor, in place; a small message."""
         with self._timed("control", tensor.nbytes):
-            dist.broadcast(tensor, source)
+            dist.broadcast(tensor, group_src=source, group=self.group)
 
     def send(self, tensor: Tensor, to: int) -> None:
         """A copy for one other process."""
-        self.sent_bytes["copies"] = self.sent_bytes.get("copies", 0) + tensor.nbytes
-        dist.send(tensor, to)
+        self.count("copies", tensor.nbytes)
+        dist.send(tensor, group_dst=to, group=self.group)
 
     def receive(self, tensor: Tensor, source: int) -> None:
         """What one other process sends."""
-        dist.recv(tensor, source)
+        dist.recv(tensor, group_src=source, group=self.group)
+
+    def count(self, kind: str, nbytes: int) -> None:
+        """Adds what another engine than this one sends."""
+        sent = self.ledger.sent_bytes
+        sent[kind] = sent.get(kind, 0) + nbytes
 
     def take(self) -> tuple[dict[str, int], float]:
         """Bytes by kind and seconds since it was asked before."""
@@ -74,10 +85,10 @@ class Traffic:
 
     @contextmanager
     def _timed(self, kind: str, nbytes: int) -> Iterator[None]:
-        self.sent_bytes[kind] = self.sent_bytes.get(kind, 0) + nbytes * (self.size - 1) // self.size
+        self.count(kind, nbytes * (self.size - 1) // self.size)
         began = time.perf_counter()
         yield
-        self.seconds += time.perf_counter() - began
+        self.ledger.seconds += time.perf_counter() - began
 
 
 class CountedAllGather:

@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from tunesmith.parallel.traffic import Traffic
+
 T = TypeVar("T")
 # what torch and its backends say when a peer is gone; they raise plain RuntimeErrors
 _LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|TCPStore", re.I)
-_OF_STEPS = ("all_reduce", "reduce_scatter", "all_gather")  # not small messages, and not checkpoints
+_OF_STEPS = ("all_reduce", "reduce_scatter", "all_gather", "activations")  # not small messages, and not checkpoints
 PATIENCE_SECONDS = 12.0  # for the reason of a failure to become known
 # a peer that is gone is found by `watch.py`; a collective only waits for what takes long, as judging on one process
 LONGEST = timedelta(hours=6)
@@ -87,12 +89,23 @@ class World(Alone):
         traffic: what is sent.
     """
 
-    def __init__(self, rank: int, size: int, device: torch.device, watch: Watch) -> None:
+    def __init__(
+        self, rank: int, size: int, device: torch.device, watch: Watch, traffic: Traffic | None = None
+    ) -> None:
         from tunesmith.parallel.traffic import Traffic
 
         self.rank, self.size, self.device, self.watch = rank, size, device, watch
         self.is_first = rank == 0
-        self.traffic = Traffic(size)
+        self.traffic = traffic or Traffic(size)
+
+    def within(self, group: Any) -> World:
+        """Some of the processes, this one among them: a group of torch.distributed as a world of its own."""
+        import torch.distributed as dist
+
+        from tunesmith.parallel.traffic import Traffic
+
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        return World(rank, size, self.device, self.watch, Traffic(size, group, self.traffic))
 
     def sums(self, values: Sequence[float]) -> list[float]:
         import torch

@@ -44,9 +44,11 @@ class Zero3(Single):
         policy = tuned.policy
         at = _places_of(policy.model, tuned.parameters)
         low = {held.dtype for held in tuned.parameters.values() if held.dtype.itemsize < 4}
-        for parameter in tuned.parameters.values():
+        stored = getattr(tuned, "stored", lambda name, held: None)
+        for name, parameter in tuned.parameters.items():
             if parameter.dtype in low:
-                parameter.data = parameter.data.float()
+                start = stored(name, parameter)
+                parameter.data = parameter.data.float() if start is None else start
         whole = list({id(held): held for held in _held(policy.model)}.values())
         root = _Root(policy)
         self._shard(root, policy, MixedPrecisionPolicy(param_dtype=next(iter(low)), reduce_dtype=torch.float32)

@@ -20,7 +20,7 @@ from tunesmith.config import Config, as_dict
 from tunesmith.core.errors import CheckpointError, ModelError
 from tunesmith.core.files import canonical_json, write_atomic
 from tunesmith.core.process import speaks
-from tunesmith.data.deal import dealt
+from tunesmith.data.deal import cut_again, dealt
 from tunesmith.evaluate.metrics import OF_PROBLEM
 from tunesmith.parallel.launch import is_restarted, started
 from tunesmith.parallel.layout import Layout, LayoutSection, layout_of
@@ -298,7 +298,7 @@ def _train(ready: _Ready, folder: RunFolder, adapter: Adapter, policy: Policy, r
         tuned = layout.adopt(_Tuned(adapter, policy, trunk))
         result = train(
             tuned,
-            _stream(prepared, layout.world),
+            _stream(prepared, layout.data),
             config.objective,
             config.train,
             config.precision,
@@ -326,11 +326,17 @@ def _observers(prepared: Prepared, folder: RunFolder, stack: ExitStack) -> list[
     return observers
 
 
-def _stream(prepared: Prepared, world: Alone) -> Callable[[Cursor], Iterable[Any]]:
+def _stream(prepared: Prepared, data: Alone) -> Callable[[Cursor], Iterable[Any]]:
     """The steps of the data, with this process's rows."""
-    if world.size == 1:
-        return prepared.stream
-    return lambda cursor: dealt(prepared.stream(cursor), prepared.sizes, world.rank, world.size)
+    count = prepared.config.layout.micro_batches
+
+    def steps(cursor: Cursor) -> Iterable[Any]:
+        found: Iterable[Any] = prepared.stream(cursor)
+        if data.size > 1:
+            found = dealt(found, prepared.sizes, data.rank, data.size)
+        return found if count is None else cut_again(found, count)
+
+    return steps
 
 
 def _made_whole(ready: _Ready, weights: dict[str, Any]) -> Adapter:
@@ -357,7 +363,15 @@ def _measured(result: Result) -> dict[str, Any]:
         "tokens": result.tokens,
         "supervised_tokens": result.supervised_tokens,
         "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
+        **_idle(result.ranks),
     }
+
+
+def _idle(ranks: list[dict[str, Any]]) -> dict[str, float]:
+    """The share of their time that the processes of a pipeline waited, on average, and the least there can be."""
+    told = [rank for rank in ranks if "idle_share" in rank]
+    names = ("idle_share", "least_idle_share") if told else ()
+    return {name: round(sum(rank[name] for rank in told) / len(told), 4) for name in names}
 
 
 def _print(what: Any) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.switches import without
 from tunesmith.data.deal import deal
-from tunesmith.data.pack import cut
+from tunesmith.data.pack import cut, cut_into
 from tunesmith.run.prepare import Prepared
 
 if TYPE_CHECKING:
@@ -44,9 +44,22 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
     adapter = config.method.attach(loaded, seed=config.train.seed)
     policy = Policy(loaded, adapter.route, packed=config.data.packing)
     lengths, share, micro_batches = _micro_batch(prepared)
-    spread = Spread(config.layout.data, config.layout.shard, micro_batches)
     totals = prepared.totals
     shape = read_shape(prepared.folder)
+    spread: Any = Spread(config.layout.data, config.layout.shard, micro_batches)
+    if config.layout.tensor * config.layout.pipeline > 1:
+        from tunesmith.plan.parts import PartsSpread
+
+        spread = PartsSpread(
+            config.layout,
+            shape.n_layers,
+            shape.d_model,
+            loaded.model.dtype.itemsize,
+            max(1, round(micro_batches)),
+            round(totals.tokens / totals.steps / config.layout.data),
+            sum(lengths),
+            config.precision.master,
+        )
     model = loaded.model if adapter.head is None else nn.ModuleList([loaded.model, adapter.head])
     calibration = calibrate(shape, sum(lengths), compute) if calibrated else None
 
@@ -104,10 +117,15 @@ def _micro_batch(prepared: Prepared) -> tuple[tuple[int, ...], float, float]:
 
     from tunesmith.data.pack import Cursor
 
+    layout = prepared.config.layout
+
+    def parted(rows: list[Any]) -> list[list[Any]]:
+        return cut(rows, prepared.sizes) if layout.micro_batches is None else cut_into(rows, layout.micro_batches)
+
     largest: list[Any] = []
     counts = []
     for step in islice(prepared.stream(Cursor()), 8):
-        hands = [cut(rows, prepared.sizes) for rows in deal(step, prepared.config.layout.data)]
+        hands = [parted(rows) for rows in deal(step, layout.data)]
         counts.append(max(map(len, hands)))
         for rows in (rows for hand in hands for rows in hand):
             if sum(len(row.ids) for row in rows) > sum(len(row.ids) for row in largest):

@@ -26,6 +26,7 @@ from tunesmith.data.pack import Cursor, Sizes, StepStream, Totals, count_steps
 from tunesmith.data.statistics import DataStatistics
 from tunesmith.models.folder import position_limit, validate_folder
 from tunesmith.models.source import resolve
+from tunesmith.parallel.limits import check_model
 
 if TYPE_CHECKING:
     from tunesmith.data.section import DataSection, Parts
@@ -119,6 +120,7 @@ def prepare(config: Config) -> Prepared:
     settings = read_json(folder / "config.json", ModelError)
     config.objective.check(settings)
     config.method.check(settings)
+    check_model(config.layout, settings)
     codec = Codec.open(folder)
     asked = config.objective.predicts
     problem = Problem(asked, (), config.train.seed) if asked else None

@@ -54,6 +54,30 @@ def accumulate(
             hint="do these rows have a completion, and does it survive data.max_length?",
         )
     taught = [(micro, batch) for micro, batch in enumerate(batches) if weights[micro]]
+    if layout.passes is None:
+        totals = _one_by_one(objective, policy, taught, weight, precision, layout, reseed, spare)
+    else:
+        totals = layout.passes(objective, [batch for _, batch in taught], weight, reseed)
+    # read once a step: an accelerator need not wait for each micro-batch
+    values = torch.stack(totals).double().tolist() if totals else []
+    wrong = [batch for (_, batch), value in zip(taught, values, strict=True) if not math.isfinite(value)]
+    loss = layout.sum(math.fsum(values) if not wrong else math.nan) / weight
+    if not math.isfinite(loss):
+        raise DivergedError(f"the loss is not a finite number; rows {layout.world.named(named_rows(wrong))}")
+    return loss
+
+
+def _one_by_one(
+    objective: Objective,
+    policy: Policy,
+    taught: Sequence[tuple[int, Batch]],
+    weight: float,
+    precision: Precision,
+    layout: Layout,
+    reseed: Callable[[int], object],
+    spare: Batch | None,
+) -> list[Tensor]:
+    """The passes of a step, one micro-batch after the other, and their totals."""
     totals: list[Tensor] = []
     for turn in range(int(layout.world.most(len(taught)))):
         if turn < len(taught):
@@ -65,13 +89,7 @@ def accumulate(
         elif layout.in_step and spare is not None:
             precision.backward(objective.loss(policy, spare).total * 0.0)
         layout.passed()
-    # read once a step: an accelerator need not wait for each micro-batch
-    values = torch.stack(totals).double().tolist() if totals else []
-    wrong = [batch for (_, batch), value in zip(taught, values, strict=True) if not math.isfinite(value)]
-    loss = layout.sum(math.fsum(values) if not wrong else math.nan) / weight
-    if not math.isfinite(loss):
-        raise DivergedError(f"the loss is not a finite number; rows {layout.world.named(named_rows(wrong))}")
-    return loss
+    return totals
 
 
 def fill_missing(masters: dict[str, nn.Parameter], first: bool, unreached: Collection[str] | None = None) -> None:

@@ -217,7 +217,7 @@ class _Run:
         if self._enter(number):
             log.info("step %d: phase %d, %d tensors train", number, self.span.number, len(self.span.names))
         batches = [self.collate(examples).to(self.device) for examples in step.micro_batches]
-        spare = self.collate(step.spare).to(self.device) if self.layout.in_step else None
+        spare = self.collate(step.spare).to(self.device) if self.layout.in_step and step.spare else None
         scaling = self.precision.scaling
         # a step that is left out takes nothing of the schedule
         lr = learning_rate(self.settings, number - (scaling.skipped_steps if scaling else 0), self.total_steps)
@@ -246,7 +246,7 @@ class _Run:
             held = held_bytes(self.policy, self.precision, self.pieces, self.optimizer)
             self.held_bytes = {**held, "gradients_bytes": gradients_bytes}
         counts = [(b.ids.numel(), len(b.rows), b.targets.numel(), 1) for b in batches]
-        sums = self.world.sums([float(sum(count)) for count in zip((0, 0, 0, 0), *counts, strict=True)])
+        sums = self.layout.data.sums([float(sum(count)) for count in zip((0, 0, 0, 0), *counts, strict=True)])
         tokens, rows, supervised, micro_batches = map(int, sums)
         state.step, state.cursor, state.epoch = number, asdict(step.cursor), step.epoch
         state.tokens, state.rows = state.tokens + tokens, state.rows + rows
@@ -395,7 +395,9 @@ class _Run:
             seconds=self.seconds(),
             peak_bytes=int(self.world.most(peak_bytes(self.device))),
             resumed_step=self.resumed_step,
-            ranks=self.world.told(self.held_bytes | {"peak_bytes": peak_bytes(self.device)} | self.world.total()),
+            ranks=self.world.told(
+                self.held_bytes | {"peak_bytes": peak_bytes(self.device)} | self.world.total() | self.layout.facts()
+            ),
         )
 
 

@@ -1,0 +1,146 @@
+"""What the processes of a launch do in the tests of pipelines and tensor parallelism: `python in_parts.py FOLDER`.
+
+As in `several.py`, many laws share a launch; each layout leaves its files in FOLDER, and `gradients` in one process
+says what they must hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from several import METHODS, steps
+from tiny_models import tiny_loaded, with_exact_norms
+
+from tunesmith.data.batch import to_batch
+from tunesmith.data.pack import Cursor
+from tunesmith.evaluate.losses import row_losses
+from tunesmith.models.policy import Policy
+from tunesmith.objectives.sft import SFT
+from tunesmith.parallel.layout import Layout, LayoutSection, layout_of
+from tunesmith.parallel.world import ALONE, Alone, joined
+from tunesmith.train.precision import Precision
+from tunesmith.train.section import PrecisionSection, TrainSection
+from tunesmith.train.step import accumulate
+from tunesmith.train.trainer import train
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout and what is computed in it.
+
+    Attributes:
+        exact: activations in float64, so that what is not rounding shows: a sum over parts has another order.
+    """
+
+    section: LayoutSection
+    family: str = "llama"
+    exact: bool = False
+
+
+CASES = {
+    2: {
+        "gpipe": Case(LayoutSection(pipeline=2, schedule="gpipe")),
+        "1f1b": Case(LayoutSection(pipeline=2, schedule="1f1b")),
+        "interleaved": Case(LayoutSection(pipeline=2, schedule="interleaved")),
+        "through-modules": Case(LayoutSection(pipeline=2), "granite"),
+        "tensor-2": Case(LayoutSection(tensor=2), exact=True),
+        "norms-of-heads": Case(LayoutSection(tensor=2), "qwen3", exact=True),
+        "norms-behind": Case(LayoutSection(tensor=2), "gemma2", exact=True),
+    },
+    4: {
+        "pipeline-4": Case(LayoutSection(pipeline=4)),
+        "data-2-pipeline-2": Case(LayoutSection(data=2, pipeline=2)),
+        "data-2-pipeline-2-zero1": Case(LayoutSection(data=2, pipeline=2, shard="zero1")),
+        "data-2-tensor-2": Case(LayoutSection(data=2, tensor=2), exact=True),
+        "data-2-tensor-2-zero1": Case(LayoutSection(data=2, tensor=2, shard="zero1"), exact=True),
+    },
+}
+# whose training is followed, too
+TRAINED = ("interleaved", "tensor-2", "data-2-pipeline-2-zero1", "data-2-tensor-2")
+STEPS = 4
+
+
+def made(method: str, layout: Layout, case: Case) -> Any:
+    """A tiny model of four blocks with tied embeddings and a method on it, as a layout computes with it."""
+    dtype = torch.float64 if case.exact else torch.float32
+    loaded = tiny_loaded(case.family, dtype=dtype, num_hidden_layers=4, tie_word_embeddings=True)
+    if case.exact:
+        with_exact_norms(loaded)
+    adapter = METHODS[method].attach(loaded, seed=1)
+    if method != "full":
+        with torch.no_grad():  # a B of zeros leaves A without a gradient
+            for number, parameter in enumerate(adapter.parameters.values()):
+                draw = torch.Generator().manual_seed(number)
+                parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
+    return layout.adopt(SimpleNamespace(parameters=adapter.parameters, policy=Policy(loaded, adapter.route)))
+
+
+def gradients(world: Alone, case: Case, method: str) -> dict[str, torch.Tensor]:
+    """The gradient of the first steps, each by itself, and losses of rows, whole on the first process."""
+    layout = layout_of(case.section, world)
+    tuned = made(method, layout, case)
+    precision = Precision(tuned.parameters, PrecisionSection(compute="fp32"))
+    pieces = layout.hold(precision)
+    found = {}
+    for number, step in enumerate(steps(layout.data, epochs=1)(Cursor())):
+        batches = [to_batch(rows) for rows in step.micro_batches]
+        loss = accumulate(SFT(), tuned.policy, batches, precision, layout)
+        layout.reduce(sorted(pieces))
+        norm = layout.norm([piece.grad for piece in pieces.values() if piece.grad is not None])
+        whole = layout.whole({name: piece.grad for name, piece in pieces.items()})
+        found |= {f"{number}/{name}": value.clone() for name, value in whole.items()}
+        found |= {f"{number}/loss": torch.tensor(loss, dtype=torch.float64), f"{number}/norm": norm.double()}
+        precision.clear()
+        layout.clear()
+    first = next(iter(steps(ALONE)(Cursor())))
+    totals, _ = row_losses(tuned.policy, [row for batch in first.micro_batches for row in batch])
+    found["rows"] = torch.tensor(totals, dtype=torch.float64)
+    return found
+
+
+def trained(world: Alone, case: Case, method: str, folder: Path, count: int = STEPS, resume: bool = False) -> Any:
+    """A run of the trainer, and the weights that it ends with."""
+    layout = layout_of(case.section, world)
+    settings = TrainSection(steps=count, rows_per_step=5, micro_batch_rows=2, lr=1e-3, save_every=2, weight_decay=0.1)
+    result = train(
+        made(method, layout, case), steps(layout.data), SFT(), settings, PrecisionSection(compute="fp32"), folder,
+        total_steps=STEPS, layout=layout, collate=to_batch, resume=resume,
+    )  # fmt: skip
+    return result, layout.whole(layout.pieces)
+
+
+def followed(world: Alone, case: Case, method: str, folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of a run that begins here and ends in another layout: half of the steps here, all of them alone."""
+    result, whole = trained(world, case, method, folder)
+    if world.is_first:
+        (folder / "ranks.json").write_text(json.dumps(result.ranks))
+    trained(world, case, method, folder.with_name(folder.name + "-begun"), count=STEPS // 2)
+    return {name: value.float() for name, value in whole.items()}
+
+
+def main() -> None:
+    folder, size = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(1)
+    with joined(int(os.environ["RANK"]), size) as world:
+        for name, case in CASES[size].items():
+            for method in METHODS:
+                found = gradients(world, case, method)
+                if world.is_first:
+                    save_file(found, folder / f"gradients-{name}-{method}.safetensors")
+                if name not in TRAINED:
+                    continue
+                found = followed(world, case, method, folder / f"{name}-{method}")
+                if world.is_first:
+                    save_file(found, folder / f"weights-{name}-{method}.safetensors")
+
+
+if __name__ == "__main__":
+    main()

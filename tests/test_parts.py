@@ -1,0 +1,108 @@
+"""Layouts in which a process holds a part of the model compute what one process does, and send what is planned."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import in_parts
+import pytest
+import torch
+from in_parts import CASES, STEPS, TRAINED, Case, gradients, made, trained
+from safetensors.torch import load_file
+from several import METHODS, launch, steps
+
+from tunesmith.data.pack import Cursor
+from tunesmith.parallel.layout import LayoutSection, Single
+from tunesmith.parallel.world import ALONE
+from tunesmith.plan.memory import count_memory, tensor_specs
+from tunesmith.plan.parts import PartsSpread
+from tunesmith.plan.spread import Spread
+
+pytestmark = pytest.mark.slow
+NAMED = {name: case for held in CASES.values() for name, case in held.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a launch of two and one of four processes leave."""
+    found = tmp_path_factory.mktemp("parts")
+    for size in CASES:
+        for process in launch(found, size, script=in_parts.__file__):
+            _, said = process.communicate(timeout=600)
+            assert process.returncode == 0, said
+    return found
+
+
+def alone(case: Case) -> Case:
+    """The same in one process."""
+    return Case(LayoutSection(), case.family, case.exact)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", NAMED)
+def test_gradients_norms_and_losses_are_those_of_one_process(folder: Path, name: str, method: str) -> None:
+    """Kills: a tied weight's gradient of one end only; a norm that counts a whole tensor on every part; a filled-up
+    micro-batch that teaches; a gradient of a factor that is not added up."""
+    wanted = gradients(ALONE, alone(NAMED[name]), method)
+    found = load_file(folder / f"gradients-{name}-{method}.safetensors")
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        error = torch.linalg.vector_norm((found[key] - value).double()) / torch.linalg.vector_norm(value.double())
+        assert error < 1e-6, (key, float(error))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_run_ends_with_the_weights_of_one_process_also_when_that_goes_on(
+    folder: Path, tmp_path: Path, name: str, method: str
+) -> None:
+    """Kills: a checkpoint whose parts are put together in another order; moments of another part."""
+    case = alone(NAMED[name])
+    _, wanted = trained(ALONE, case, method, tmp_path / "one")
+    found = load_file(folder / f"weights-{name}-{method}.safetensors")
+    _, gone_on = trained(ALONE, case, method, folder / f"{name}-{method}-begun", resume=True)
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value.detach().float(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(gone_on[key].detach().float(), value.detach().float(), rtol=0, atol=1e-5)
+
+
+def test_a_pipeline_tells_how_long_it_waited(folder: Path) -> None:
+    """Kills: time in passes counted as waiting; the bound of another schedule."""
+    for rank in json.loads((folder / "interleaved-lora" / "ranks.json").read_text()):
+        # five rows a step, two in a micro-batch: K = 3, P = 2, v = 2
+        assert rank["least_idle_share"] == pytest.approx(1 / (2 * 3 + 1), abs=1e-4)
+        assert 0 < rank["idle_share"] < 1
+    assert len((folder / "interleaved-lora" / "metrics.jsonl").read_text().splitlines()) == STEPS
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_part_holds_and_sends_what_is_planned(folder: Path, name: str, method: str) -> None:
+    """Kills: a sum of activations for each map; states sent back to where nothing trains; a part that stays whole."""
+    case = NAMED[name]
+    tuned = made(method, Single(), alone(case))
+    specs = tensor_specs(tuned.policy.model, tuned.parameters.values())
+    item_bytes = 8 if case.exact else 4
+    parts = case.section.processes // case.section.data
+    for rank, told in enumerate(json.loads((folder / f"{name}-{method}" / "ranks.json").read_text())):
+        data = SimpleNamespace(rank=rank // parts, size=case.section.data)
+        sent = 0
+        for step in islice(steps(data)(Cursor()), STEPS):
+            sizes = [sum(len(row.ids) for row in rows) for rows in step.micro_batches]
+            plan = PartsSpread(case.section, 4, 32, item_bytes, len(sizes), sum(sizes), max(sizes))
+            sent += plan.activations_sent_bytes(rank % parts, specs)
+        assert told["activations_sent_bytes"] == pytest.approx(sent, abs=STEPS * 100)
+        if case.exact and method == "full":
+            continue  # float64 is for the test alone: a plan knows gradients of 32 bits
+        planned = plan.sent_bytes(rank % parts, specs)
+        for kind in {*planned} - {"activations"}:
+            assert told[f"{kind}_sent_bytes"] == pytest.approx(STEPS * planned[kind], rel=0.02), kind
+        mine = plan.mine(rank % parts, specs)
+        whole = count_memory(mine, fp32_gradients=True)
+        held = Spread(case.section.data, case.section.shard).memory(whole, mine)
+        for part in ("weights_bytes", "gradients_bytes", "optimizer_bytes"):
+            assert told[part] == pytest.approx(getattr(held, part), rel=0.05, abs=64), part
