@@ -131,8 +131,8 @@ class _Run:
         self.state = State()
         self.device = next(iter(tuned.parameters.values())).device
         self.cuda_devices = [self.device] if self.device.type == "cuda" else []
-        self.resumed_step, self.earlier_seconds, self.start = 0, 0.0, time.monotonic()
-        self.weights_step = 0
+        self.resumed_step = self.weights_step = 0
+        self.earlier_seconds, self.start = 0.0, time.monotonic()
         self.held_bytes: dict[str, int] = {}
 
     # beginning
@@ -158,8 +158,7 @@ class _Run:
             return
         known = self.keeper.newest()
         if known is None:
-            log.warning("no checkpoint yet: starting at step 0")
-            return
+            return log.warning("no checkpoint yet: starting at step 0")
         self._adopt(known)
         self.keeper.prune(self.state.best_step)
         log.info("resuming after step %d", self.state.step)
@@ -254,7 +253,11 @@ class _Run:
 
     def _reseed(self, step: int) -> Callable[[int], None]:
         others = (self.world.rank,) if self.world.rank else ()
-        return lambda micro: _seed_all(seed_for(self.settings.seed, "dropout", step, micro, *others))
+
+        def reseed(micro: int) -> None:
+            torch.manual_seed(seed_for(self.settings.seed, "dropout", step, micro, *others))  # all devices
+
+        return reseed
 
     def _penalise(self) -> None:
         """What the method adds to the loss for the parameters' sake: once, whatever the number of processes."""
@@ -369,7 +372,7 @@ class _Run:
         self.weights_step = best
 
     def result(self) -> Result:
-        state = self.state
+        state, held = self.state, self.held_bytes | {"peak_bytes": peak_bytes(self.device)}
         return Result(
             step=state.step,
             reason=state.reason,
@@ -382,7 +385,7 @@ class _Run:
             seconds=self.seconds(),
             peak_bytes=int(self.world.most(peak_bytes(self.device))),
             resumed_step=self.resumed_step,
-            ranks=self.world.told(self.held_bytes | {"peak_bytes": peak_bytes(self.device)} | self.world.total()),
+            ranks=self.world.told(held | self.world.total()),
         )
 
 
@@ -394,7 +397,3 @@ def _marked(steps: Iterable[Step]) -> Iterator[tuple[Step, bool]]:
         following = next(iterator, None)
         yield current, following is None
         current = following
-
-
-def _seed_all(seed: int) -> None:
-    torch.manual_seed(seed)  # all devices
