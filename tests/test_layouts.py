@@ -142,6 +142,7 @@ def test_every_method_learns_in_every_layout_or_is_refused_by_name(tmp_path: Pat
             assert told <= 1e-6, name
 
 
+@pytest.mark.slow
 def test_full_training_in_bf16_keeps_its_masters_in_parts(others: Path) -> None:
     """Kills: updating the rounded weights; gathering what was rounded twice."""
     reference = last(others / "bf16-none")
@@ -152,6 +153,7 @@ def test_full_training_in_bf16_keeps_its_masters_in_parts(others: Path) -> None:
             assert (found[name] - value).norm() <= 2e-3 * value.norm(), (shard, name)
 
 
+@pytest.mark.slow
 def test_what_is_computed_again_is_gathered_again(others: Path) -> None:
     """Kills: a backward that finds a block in parts."""
     reference = last(others / "again-none")
@@ -160,6 +162,7 @@ def test_what_is_computed_again_is_gathered_again(others: Path) -> None:
         assert max((found[name] - value).abs().max().item() for name, value in reference.items()) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", ["zero2", "zero3"])
 def test_sigterm_to_one_process_saves_all_and_the_resumed_run_is_the_same(others: Path, shard: str) -> None:
     """Kills: processes that stop at different steps; moments that are handed out to the wrong process."""
@@ -170,6 +173,7 @@ def test_sigterm_to_one_process_saves_all_and_the_resumed_run_is_the_same(others
     assert (broken / "metrics.jsonl").read_text().count("\n") == STEPS
 
 
+@pytest.mark.slow
 def test_a_loss_without_a_number_on_one_process_stops_all(others: Path) -> None:
     """Kills: a process that goes on alone; a message that does not say whose rows they were."""
     for rank in (0, 1):

@@ -186,7 +186,7 @@ def joined(rank: int, size: int) -> Iterator[World]:
     import torch.distributed as dist
 
     if torch.cuda.is_available():
-        torch.cuda.set_device(rank % torch.cuda.device_count())
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cpu")
     else:
         backend, device = "gloo", torch.device("cpu")

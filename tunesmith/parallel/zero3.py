@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from tunesmith.core.errors import ConfigError
 from tunesmith.models.copies import swaps
-from tunesmith.models.ports import attached_to, ports
+from tunesmith.models.ports import Port, attached_to, ports
 from tunesmith.models.recompute import Blocks
 from tunesmith.parallel.ddp import refuse_watchers
 from tunesmith.parallel.layout import Held, Single
@@ -180,11 +180,19 @@ def _blocks(policy: Any) -> list[nn.Module]:
 
 
 def _is_shared(policy: Any) -> bool:
-    """Whether something of one block acts in another: a parameter that stands in both, or one that an insert without
-    any takes from elsewhere."""
-    inserts = [insert for port in ports(policy.model) for adapter in port.inserts for insert in port.of(adapter)]
-    held = [id(parameter) for block in _blocks(policy) for parameter in {*block.parameters()}]
-    return len(held) > len(set(held)) or any(not insert.trained() for insert in inserts)
+    """Whether something of one block acts in another: a parameter that stands in both, or, in a block whose inserts
+    have none at all, one from elsewhere."""
+    blocks = _blocks(policy)
+    held = [id(parameter) for block in blocks for parameter in {*block.parameters()}]
+    groups = [ports(block) for block in blocks]
+    inside = {id(port) for group in groups for port in group}
+    groups.append([port for port in ports(policy.model) if id(port) not in inside])
+    return len(held) > len(set(held)) or any(_borrows(group) for group in groups)
+
+
+def _borrows(group: Sequence[Port]) -> bool:
+    inserts = [insert for port in group for adapter in port.inserts for insert in port.of(adapter)]
+    return bool(inserts) and not any(insert.trained() for insert in inserts)
 
 
 def _heads(model: nn.Module) -> list[nn.Module]:

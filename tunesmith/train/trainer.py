@@ -133,8 +133,8 @@ class _Run:
         self.state = State()
         self.device = next(iter(tuned.parameters.values())).device
         self.cuda_devices = [self.device] if self.device.type == "cuda" else []
-        self.resumed_step, self.earlier_seconds, self.start = 0, 0.0, time.monotonic()
-        self.weights_step = 0
+        self.resumed_step = self.weights_step = 0
+        self.earlier_seconds, self.start = 0.0, time.monotonic()
         self.held_bytes: dict[str, int] = {}
 
     # beginning
@@ -159,8 +159,7 @@ class _Run:
             return
         known = self.keeper.newest()
         if known is None:
-            log.warning("no checkpoint yet: starting at step 0")
-            return
+            return log.warning("no checkpoint yet: starting at step 0")
         self._adopt(known)
         self.keeper.prune(self.state.best_step)
         log.info("resuming after step %d", self.state.step)
@@ -382,7 +381,7 @@ class _Run:
         self.weights_step = best
 
     def result(self) -> Result:
-        state = self.state
+        state, held = self.state, self.held_bytes | {"peak_bytes": peak_bytes(self.device)}
         return Result(
             step=state.step,
             reason=state.reason,
@@ -395,9 +394,7 @@ class _Run:
             seconds=self.seconds(),
             peak_bytes=int(self.world.most(peak_bytes(self.device))),
             resumed_step=self.resumed_step,
-            ranks=self.world.told(
-                self.held_bytes | {"peak_bytes": peak_bytes(self.device)} | self.world.total() | self.layout.facts()
-            ),
+            ranks=self.world.told(held | self.world.total() | self.layout.facts()),
         )
 
 
