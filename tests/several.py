@@ -7,22 +7,29 @@ tests read; what one process must find is computed by the same functions in `alo
 from __future__ import annotations
 
 import json
+import math
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from conformance import CASES, IN_PLACE, built
 from safetensors.torch import save_file
-from tiny_models import VOCABULARY, tiny_loaded
+from tiny_models import VOCABULARY, disturb, tiny_loaded
 
 from tunesmith.adapt.full import Full
 from tunesmith.adapt.lora import LoRA
+from tunesmith.core.errors import ConfigError, DivergedError, Stopped
 from tunesmith.core.rng import torch_generator
+from tunesmith.core.switches import SAVINGS, without
 from tunesmith.data.batch import to_batch
 from tunesmith.data.deal import dealt
 from tunesmith.data.encode import Example
@@ -34,7 +41,7 @@ from tunesmith.parallel.layout import Layout, LayoutSection, layout_of
 from tunesmith.parallel.world import ALONE, Alone, joined
 from tunesmith.train.precision import Precision
 from tunesmith.train.section import PrecisionSection, TrainSection
-from tunesmith.train.step import accumulate
+from tunesmith.train.step import accumulate, fill_missing
 from tunesmith.train.trainer import train
 
 SHARDS = ("none", "zero1", "zero2", "zero3")
@@ -103,13 +110,13 @@ def trained(world: Alone, shard: str, method: str, folder: Path, **rest: Any) ->
     """A run of the trainer."""
     layout = layout_of(LayoutSection(data=world.size, shard=shard if world.size > 1 else "none"), world)
     tuned = made(method, layout, rest.pop("dtype", torch.float32), rest.pop("recompute", "none"))
-    settings = TrainSection(
-        **{"steps": STEPS, "rows_per_step": 5, "micro_batch_rows": 2, "lr": 1e-3, "save_every": 10, "weight_decay": 0.1}
-        | rest.pop("settings", {})
-    )
+    given = {"steps": STEPS, "rows_per_step": 5, "micro_batch_rows": 2, "lr": 1e-3, "save_every": 10}
+    settings = TrainSection(**given, weight_decay=0.1)
+    precision = PrecisionSection(**rest.pop("precision", {"compute": "fp32"}))
+    stream, objective = rest.pop("stream", steps(world)), rest.pop("objective", SFT())
     return train(
-        tuned, steps(world), SFT(), settings, PrecisionSection(**rest.pop("precision", {"compute": "fp32"})), folder,
-        total_steps=settings.steps, layout=layout, collate=to_batch, **rest,
+        tuned, stream, objective, settings, precision, folder,
+        total_steps=STEPS, layout=layout, collate=to_batch, **rest,
     )  # fmt: skip
 
 
@@ -130,18 +137,116 @@ def launch(folder: Path, size: int, *words: str, script: str = __file__) -> list
     ]
 
 
+class Poisoned(SFT):
+    """An objective that finds no number for one row."""
+
+    kind: Literal["sft"] = "sft"
+    row: str
+
+    def loss(self, policy: Any, batch: Any) -> Any:
+        found = super().loss(policy, batch)
+        return replace(found, total=found.total * math.nan) if self.row in batch.rows else found
+
+
+def gradients_of_all(world: Alone, folder: Path) -> None:
+    """Gradients of whole steps and a run for every layout and method."""
+    for shard in SHARDS:
+        for method in METHODS:
+            found = gradients(world, shard, method)
+            if world.is_first:
+                save_file(found, folder / f"gradients-{shard}-{method}.safetensors")
+            result = trained(world, shard, method, folder / f"run-{shard}-{method}")
+            if world.is_first:
+                (folder / f"ranks-{shard}-{method}.json").write_text(json.dumps(result.ranks))
+
+
+def cases(world: Alone, folder: Path) -> None:
+    """The gradient of one step for every method there is: how far it is from that of one process, or why not."""
+    found = {}
+    for case in CASES:
+        with without(*SAVINGS):
+            alone = gradient_of_case(ALONE, "none", case)
+            for shard in SHARDS:
+                try:
+                    told = distance(gradient_of_case(world, shard, case), alone, world)
+                except ConfigError as error:
+                    told = str(error)
+                found[f"{case}, {shard}"] = told
+    if world.is_first:
+        (folder / "cases.json").write_text(json.dumps(found))
+
+
+def gradient_of_case(world: Alone, shard: str, case: str) -> dict[str, torch.Tensor]:
+    """The gradient of the first step."""
+    layout = layout_of(LayoutSection(data=world.size, shard=shard if world.size > 1 else "none"), world)
+    loaded = tiny_loaded("llama", tie_word_embeddings=True)
+    adapter = built(case).attach(loaded, seed=1)
+    if case not in IN_PLACE:
+        disturb(adapter)
+    policy = Policy(loaded, adapter.route)
+    tuned = layout.adopt(SimpleNamespace(parameters=adapter.parameters, policy=policy, phases=adapter.phases))
+    precision = Precision(tuned.parameters, PrecisionSection(compute="fp32"))
+    pieces = layout.hold(precision)
+    step = next(iter(steps(world)(Cursor())))
+    spare = to_batch(step.spare) if step.spare else None
+    batches = [to_batch(rows) for rows in step.micro_batches]
+    accumulate(SFT(), tuned.policy, batches, precision, layout, spare=spare)
+    fill_missing(pieces, False, layout.reduce(sorted(pieces)))
+    found = layout.whole({name: piece.grad for name, piece in pieces.items()})
+    layout.close()
+    return {name: value.clone() for name, value in found.items()}
+
+
+def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], world: Alone) -> float:
+    """Relative, of all tensors together; 0 where there is nothing to compare with."""
+    if not world.is_first:
+        return 0.0
+    assert set(found) == set(wanted)
+    far = torch.cat([(found[name].double() - wanted[name].double()).flatten() for name in wanted]).norm()
+    return float(far / torch.cat([value.double().flatten() for value in wanted.values()]).norm())
+
+
+def stopping(world: Alone, at: int) -> Any:
+    """Steps of which one comes with SIGTERM for the last process alone."""
+
+    def stream(cursor: Cursor) -> Iterator[Any]:
+        for number, step in enumerate(steps(world)(cursor), 1):
+            if number == at and world.rank == world.size - 1:
+                signal.raise_signal(signal.SIGTERM)
+            yield step
+
+    return stream
+
+
+def others(world: Alone, folder: Path) -> None:
+    """What may happen in a run: bf16, recomputation, a broken run, a row without a number, a method that is refused."""
+    low = {"dtype": torch.bfloat16, "precision": {"compute": "bf16"}}
+    for shard in SHARDS:
+        trained(world, shard, "full", folder / f"bf16-{shard}", **low)
+        trained(world, shard, "lora", folder / f"again-{shard}", recompute="full")
+    for shard in ("zero2", "zero3"):
+        with suppress(Stopped):
+            trained(world, shard, "full", folder / f"broken-{shard}", stream=stopping(world, at=7))
+        trained(world, shard, "full", folder / f"broken-{shard}", resume=True)
+        trained(world, shard, "full", folder / f"unbroken-{shard}")
+    found = {}
+    for shard in SHARDS:
+        try:
+            trained(world, shard, "lora", folder / f"nan-{shard}", objective=Poisoned(row="rows:7"))
+        except DivergedError as error:
+            found[shard] = error.message
+    (folder / f"nan-{world.rank}.json").write_text(json.dumps(found))
+
+
+LAWS = {"gradients": gradients_of_all, "cases": cases, "others": others}
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     with joined(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) as world:
-        for shard in SHARDS:
-            for method in METHODS:
-                found = gradients(world, shard, method)
-                if world.is_first:
-                    save_file(found, folder / f"gradients-{shard}-{method}.safetensors")
-                result = trained(world, shard, method, folder / f"run-{shard}-{method}")
-                if world.is_first:
-                    (folder / f"ranks-{shard}-{method}.json").write_text(json.dumps(result.ranks))
+        for law in sys.argv[2:]:
+            LAWS[law](world, folder)
 
 
 if __name__ == "__main__":

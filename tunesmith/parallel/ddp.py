@@ -8,10 +8,12 @@ so that accumulation costs nothing.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tunesmith.core.errors import ConfigError
 from tunesmith.parallel.buckets import Bucket, fill
 from tunesmith.parallel.layout import Held, Single
 from tunesmith.parallel.pieces import Place, collect, hand_out
@@ -88,6 +90,11 @@ class Split(Ddp):
     parameter itself; one of a parameter in fewer bits is part of its master, of which nothing else is kept.
     """
 
+    def adopt(self, tuned: Any) -> Any:
+        """The same. Raises ConfigError for a method that looks at whole gradients."""
+        refuse_watchers(tuned)
+        return tuned
+
     def hold(self, held: Held) -> dict[str, nn.Parameter]:
         self.masters = held.masters
         # by the parameters' dtype: that is what is gathered
@@ -149,3 +156,10 @@ class Split(Ddp):
         # it goes on to collect gradients of its shape; its values are in the pieces of all processes
         master.data = master.new_zeros(()).expand(master.shape)
         return piece
+
+
+def refuse_watchers(tuned: Any) -> None:
+    """Raises ConfigError for a method that looks at gradients after a step and remembers them: no process has all."""
+    if getattr(tuned, "memory", {}):
+        told = "the method looks at whole gradients after every step, and here each process has a part"
+        raise ConfigError(told, where="layout.shard", hint="shard: none gives every process all of them")

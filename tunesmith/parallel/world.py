@@ -7,7 +7,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -188,8 +191,11 @@ def joined(rank: int, size: int) -> Iterator[World]:
     else:
         backend, device = "gloo", torch.device("cpu")
     store, _, _ = next(dist.rendezvous("env://", rank, size))
-    watch = Watch(dist.PrefixStore("watch", store.clone()), rank, size)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=LONGEST)
+    # torchrun keeps its store over restarts, and with it the addresses of processes that are gone
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    watch = Watch(dist.PrefixStore(f"watch/{attempt}", store.clone()), rank, size)
+    group = dist.PrefixStore(f"group/{attempt}", store)
+    dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=LONGEST)
     watch.start()
     world = World(rank, size, device, watch)
     try:
@@ -203,6 +209,7 @@ def joined(rank: int, size: int) -> Iterator[World]:
         raise
     except Exception as error:
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _LOST.search(str(error))):
+            _stay()
             raise PeerError(PeerError.told(watch.reason(PATIENCE_SECONDS)), hint=PeerError.HINT) from error
         watch.tell(f"{type(error).__name__}: {error}")
         raise
@@ -213,6 +220,12 @@ def joined(rank: int, size: int) -> Iterator[World]:
         watch.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _stay() -> None:
+    """Lets this process end by what it knows: torchrun terminates all others when one has failed."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _sent(sent: dict[str, int], seconds: float) -> dict[str, Any]:

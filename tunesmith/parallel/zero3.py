@@ -19,8 +19,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from tunesmith.core.errors import ConfigError
 from tunesmith.models.copies import swaps
-from tunesmith.models.ports import attached_to
+from tunesmith.models.ports import attached_to, ports
 from tunesmith.models.recompute import Blocks
+from tunesmith.parallel.ddp import refuse_watchers
 from tunesmith.parallel.layout import Held, Single
 from tunesmith.parallel.pieces import Place, collect, hand_out
 from tunesmith.parallel.traffic import CountedAllGather, CountedReduceScatter
@@ -121,8 +122,15 @@ class Zero3(Single):
 
     @staticmethod
     def _refuse(tuned: Any) -> None:
+        refuse_watchers(tuned)
         if getattr(tuned, "phases", ()):
             told = "zero3 gathers what trains from the first step on, and the method has phases"
+            raise ConfigError(told, where="layout.shard", hint="zero2 can do it")
+        if any(parameter._backward_hooks for parameter in tuned.parameters.values()):
+            told = "zero3 puts parameters of its own in place, and the method changes gradients by hooks on its own"
+            raise ConfigError(told, where="layout.shard", hint="zero2 can do it")
+        if _is_shared(tuned.policy):
+            told = "zero3 gathers block by block, and numbers of the method act in all blocks"
             raise ConfigError(told, where="layout.shard", hint="zero2 can do it")
         if any(not parameter.ndim for parameter in tuned.parameters.values()):
             told = "zero3 splits tensors by rows, and the method trains a single number"
@@ -167,6 +175,14 @@ def _blocks(policy: Any) -> list[nn.Module]:
     """The blocks of a model that transformers has; a model of another kind is one."""
     family = getattr(policy, "family", None)
     return [] if family is None else Blocks(policy.model, family).all
+
+
+def _is_shared(policy: Any) -> bool:
+    """Whether something of one block acts in another: a parameter that stands in both, or one that an insert without
+    any takes from elsewhere."""
+    inserts = [insert for port in ports(policy.model) for adapter in port.inserts for insert in port.of(adapter)]
+    held = [id(parameter) for block in _blocks(policy) for parameter in {*block.parameters()}]
+    return len(held) > len(set(held)) or any(not insert.trained() for insert in inserts)
 
 
 def _heads(model: nn.Module) -> list[nn.Module]:

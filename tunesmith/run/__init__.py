@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.config import Config
-from tunesmith.core.errors import CheckpointError
+from tunesmith.config import Config, as_dict
+from tunesmith.core.errors import CheckpointError, ModelError
 from tunesmith.core.files import canonical_json, write_atomic
 from tunesmith.core.process import speaks
 from tunesmith.data.deal import cut_again, dealt
@@ -164,6 +164,7 @@ def _make_ready(prepared: Prepared, folder: RunFolder, world: Alone) -> _Ready:
     gain = choose_threads()
     chosen = world.first(lambda: _planned(prepared, folder, gain))
     loaded = _load(prepared, chosen["precision"])
+    _check_same(prepared, loaded, world)
     layout = layout_of(prepared.config.layout, world)
     if world.is_first:
         folder.record(
@@ -171,6 +172,20 @@ def _make_ready(prepared: Prepared, folder: RunFolder, world: Alone) -> _Ready:
             seed=prepared.config.train.seed, model=_model_facts(loaded, prepared.config.model), **chosen,
         )  # fmt: skip
     return _Ready(prepared, loaded, judge_of(prepared, folder.path), layout, chosen["precision"], chosen["recompute"])
+
+
+def _check_same(prepared: Prepared, loaded: Loaded, world: Alone) -> None:
+    """Raises ModelError where a process has another model, other rows or another configuration than the first."""
+    mine = {
+        "model": loaded.fingerprint,
+        "data": prepared.data_facts()["train"]["sha256"],
+        "config": as_dict(prepared.config),
+    }
+    told = world.told(mine)
+    for rank, facts in enumerate(told):
+        other = [name for name in mine if facts[name] != told[0][name]]
+        if other:
+            raise ModelError(f"rank {rank} has not the files of rank 0: its {', '.join(other)}", where=other[0])
 
 
 def _load(prepared: Prepared, compute: str) -> Loaded:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.core.switches import without
 from tunesmith.data.deal import deal
 from tunesmith.data.pack import cut, cut_into
 from tunesmith.run.prepare import Prepared
@@ -75,12 +77,16 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
         )
         return spread.applied(found, tensor_specs(model, trained))
 
-    if config.train.recompute != "auto":
-        return made(config.train.recompute)
-    if chosen is not None:
-        return replace(made(recomputed(config, chosen)), recompute=chosen)
-    # the processes share what there is
-    return cheapest(made, Blocks(loaded.model, loaded.family).count, room_bytes() // config.layout.processes)
+    # blocks that listen to hooks run as transformers has them (`models.blocks.fits`)
+    plain = without("elementwise") if config.layout.shard == "zero3" else nullcontext()
+
+    with plain:
+        if config.train.recompute != "auto":
+            return made(config.train.recompute)
+        if chosen is not None:
+            return replace(made(recomputed(config, chosen)), recompute=chosen)
+        # the processes share what there is
+        return cheapest(made, Blocks(loaded.model, loaded.family).count, room_bytes() // config.layout.processes)
 
 
 def recomputed(config: Config, chosen: dict[str, Any] | None) -> How | Recompute:

@@ -20,9 +20,12 @@ import torch
 
 from tunesmith.core.errors import ConfigError, DataError, DivergedError
 from tunesmith.core.rng import seed_for
+from tunesmith.data.batch import to_batch
+from tunesmith.data.pack import Cursor
 from tunesmith.kernels.build import made_with
 from tunesmith.parallel.layout import Layout, Single
 from tunesmith.train.checkpoint import State
+from tunesmith.train.examine import Examiner
 from tunesmith.train.held import held_bytes, storage_bytes
 from tunesmith.train.keeper import Keeper
 from tunesmith.train.log import MetricsLog, peak_bytes
@@ -31,12 +34,12 @@ from tunesmith.train.phases import span_of, train_only
 from tunesmith.train.precision import Precision
 from tunesmith.train.schedule import learning_rate
 from tunesmith.train.step import accumulate, fill_missing, update
-from tunesmith.train.stop import Cut, Signals, judge
+from tunesmith.train.stop import Signals, judge
 from tunesmith.train.tuned import Result, Tuned
 
 if TYPE_CHECKING:
     from tunesmith.core.types import Batch
-    from tunesmith.data.pack import Cursor, Step
+    from tunesmith.data.pack import Step
     from tunesmith.objectives.objective import Objective
     from tunesmith.train.section import PrecisionSection, TrainSection
 
@@ -78,8 +81,8 @@ def train(
     if settings.stop and not (evaluate and evaluate_every):
         raise ConfigError("needs evaluations during training", where="train.stop", hint="set evaluate.every")
     run = _Run(tuned, objective, settings, precision, folder, total_steps, layout or Single())
-    run.evaluate, run.evaluate_every, run.observers = evaluate, evaluate_every, list(observers)
-    run.collate = collate or _to_batch
+    run.examiner = Examiner(evaluate, evaluate_every, run.layout, run.cuda_devices)
+    run.observers, run.collate = list(observers), collate or to_batch
     with ExitStack() as stack:
         stack.enter_context(closing(run.precision))
         stack.enter_context(closing(run.layout))
@@ -97,8 +100,7 @@ def train(
 class _Run:
     """The state of one call of `train`, and its moves."""
 
-    evaluate: Callable[[int], dict[str, float]] | None
-    evaluate_every: int
+    examiner: Examiner
     observers: list[Callable[[Record], None]]
     collate: Callable[[list[Any]], Batch]
     metrics: MetricsLog
@@ -194,7 +196,7 @@ class _Run:
             self._after(json.loads(self.state.pending), self.state.reason)
         if self.state.reason:
             return
-        for step, is_last in _marked(stream_from(_cursor(self.state.cursor))):
+        for step, is_last in _marked(stream_from(Cursor(**(self.state.cursor or {})))):
             began, worked = time.monotonic(), time.process_time()
             record = self._step(step)
             record["cpu_seconds"] = round(time.process_time() - worked, 6)
@@ -290,10 +292,8 @@ class _Run:
 
     def _after(self, record: Record, reason: str) -> None:
         """Evaluates, records, saves and stops, as each is due after a step."""
-        state, every = self.state, self.evaluate_every
-        due = self.evaluate is not None and every > 0 and (state.step % every == 0 or bool(reason))
-        is_best = False
-        if due:
+        state, is_best = self.state, False
+        if self.examiner.is_due(state.step, is_over=bool(reason)):
             began = time.monotonic()
             metrics = None if self._asked() else self._metrics()
             if metrics is None:
@@ -319,25 +319,10 @@ class _Run:
         return asked
 
     def _metrics(self) -> dict[str, float] | None:
-        """An evaluation that leaves no trace in what follows; None where a signal has cut it off."""
-        if self.layout.in_step:  # the others wait for this process within it: it cannot be cut
-            return self._measured()
-        return self.world.first(self._measured_unless_cut)
-
-    def _measured_unless_cut(self) -> dict[str, float] | None:
         try:
-            with self.signals.cuttable():
-                return self._measured()
-        except Cut:
-            return None
-
-    def _measured(self) -> dict[str, float]:
-        assert self.evaluate is not None
-        with torch.random.fork_rng(devices=self.cuda_devices):
-            metrics = {name: float(value) for name, value in self.evaluate(self.state.step).items()}
-        if not math.isfinite(metrics.get("loss", 0.0)):
-            raise self._diverged(DivergedError("the evaluation's loss is not a finite number"), self.state.step)
-        return metrics
+            return self.examiner.metrics(self.state.step, self.signals)
+        except DivergedError as error:
+            raise self._diverged(error, self.state.step) from error
 
     def _judged(self, metrics: dict[str, float], reason: str) -> tuple[bool, str]:
         stop = self.settings.stop
@@ -419,15 +404,3 @@ def _marked(steps: Iterable[Step]) -> Iterator[tuple[Step, bool]]:
 
 def _seed_all(seed: int) -> None:
     torch.manual_seed(seed)  # all devices
-
-
-def _cursor(saved: dict[str, Any] | None) -> Cursor:
-    from tunesmith.data.pack import Cursor
-
-    return Cursor(**saved) if saved else Cursor(0, 0)
-
-
-def _to_batch(examples: list[Any]) -> Batch:
-    from tunesmith.data.batch import to_batch
-
-    return to_batch(examples)
