@@ -215,7 +215,7 @@ class _Run:
         if self._enter(number):
             log.info("step %d: phase %d, %d tensors train", number, self.span.number, len(self.span.names))
         batches = [self.collate(examples).to(self.device) for examples in step.micro_batches]
-        spare = self.collate(step.spare).to(self.device) if self.layout.in_step and step.spare else None
+        spare = self.collate(step.spare).to(self.device) if self.layout.in_step else None
         lr = learning_rate(self.settings, number, self.total_steps)
         self.policy.train(True)
         try:
@@ -386,9 +386,7 @@ class _Run:
             seconds=self.seconds(),
             peak_bytes=int(self.world.most(peak_bytes(self.device))),
             resumed_step=self.resumed_step,
-            ranks=self.world.told(
-                self.held_bytes | {"peak_bytes": peak_bytes(self.device)} | self.world.total() | self.layout.facts()
-            ),
+            ranks=self.world.told(self.held_bytes | {"peak_bytes": peak_bytes(self.device)} | self.layout.facts()),
         )
 
 
