@@ -23,6 +23,7 @@ from tunesmith.data.batch import to_batch
 from tunesmith.data.pack import Cursor
 from tunesmith.evaluate.losses import row_losses
 from tunesmith.models.policy import Policy
+from tunesmith.models.recompute import How
 from tunesmith.objectives.sft import SFT
 from tunesmith.parallel.layout import Layout, LayoutSection, layout_of
 from tunesmith.parallel.world import ALONE, Alone, joined
@@ -38,11 +39,13 @@ class Case:
 
     Attributes:
         exact: activations in float64, so that what is not rounding shows: a sum over parts has another order.
+        recompute: as `Policy` has it.
     """
 
     section: LayoutSection
     family: str = "llama"
     exact: bool = False
+    recompute: How = "none"
 
 
 CASES = {
@@ -50,6 +53,7 @@ CASES = {
         "gpipe": Case(LayoutSection(pipeline=2, schedule="gpipe")),
         "1f1b": Case(LayoutSection(pipeline=2, schedule="1f1b")),
         "interleaved": Case(LayoutSection(pipeline=2, schedule="interleaved")),
+        "made-again": Case(LayoutSection(pipeline=2, schedule="1f1b"), recompute="full"),
         "through-modules": Case(LayoutSection(pipeline=2), "granite"),
         "tensor-2": Case(LayoutSection(tensor=2), exact=True),
         "norms-of-heads": Case(LayoutSection(tensor=2), "qwen3", exact=True),
@@ -80,7 +84,8 @@ def made(method: str, layout: Layout, case: Case) -> Any:
             for number, parameter in enumerate(adapter.parameters.values()):
                 draw = torch.Generator().manual_seed(number)
                 parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
-    return layout.adopt(SimpleNamespace(parameters=adapter.parameters, policy=Policy(loaded, adapter.route)))
+    policy = Policy(loaded, adapter.route, recompute=case.recompute)
+    return layout.adopt(SimpleNamespace(parameters=adapter.parameters, policy=policy))
 
 
 def gradients(world: Alone, case: Case, method: str) -> dict[str, torch.Tensor]:
@@ -119,9 +124,15 @@ def trained(world: Alone, case: Case, method: str, folder: Path, count: int = ST
 
 def followed(world: Alone, case: Case, method: str, folder: Path) -> dict[str, torch.Tensor]:
     """Weights of a run that begins here and ends in another layout: half of the steps here, all of them alone."""
+    before = world.told(world.total())
     result, whole = trained(world, case, method, folder)
+    sent = [
+        {name: count - earlier.get(name, 0) for name, count in rank.items() if name.endswith("_sent_bytes")}
+        for rank, earlier in zip(result.ranks, before, strict=True)
+    ]
     if world.is_first:
-        (folder / "ranks.json").write_text(json.dumps(result.ranks))
+        ranks = [rank | its for rank, its in zip(result.ranks, sent, strict=True)]
+        (folder / "ranks.json").write_text(json.dumps(ranks))
     trained(world, case, method, folder.with_name(folder.name + "-begun"), count=STEPS // 2)
     return {name: value.float() for name, value in whole.items()}
 

@@ -101,6 +101,7 @@ class Layout(Protocol):
         passes: who makes the passes of a step in the trainer's place; None lets the trainer make them one by one.
         pieces: what this process updates, by name; `hold` makes them.
         in_step: every forward and backward pass takes all of them.
+        in_parts: no process has the whole model while it trains.
     """
 
     world: Alone
@@ -108,6 +109,7 @@ class Layout(Protocol):
     passes: Passes | None
     pieces: dict[str, nn.Parameter]
     in_step: bool
+    in_parts: bool
 
     def sum(self, value: float) -> float:
         """The sum of a number over every process that sees different rows."""
@@ -165,7 +167,7 @@ class Layout(Protocol):
         ...
 
     def facts(self) -> dict[str, Any]:
-        """What there is to say of how this process worked, for the end of a run; JSON."""
+        """What this process has sent, and what else there is to say of how it worked; JSON."""
         ...
 
     def close(self) -> None:
@@ -176,7 +178,7 @@ class Layout(Protocol):
 class Single:
     """One process: its own rows and its own gradients are all there are."""
 
-    in_step = False
+    in_step = in_parts = False
     passes: Passes | None = None
 
     def __init__(self, world: Alone = ALONE) -> None:
@@ -226,7 +228,7 @@ class Single:
         pass
 
     def facts(self) -> dict[str, Any]:
-        return {}
+        return self.world.total()
 
     def close(self) -> None:
         pass

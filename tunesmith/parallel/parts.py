@@ -30,7 +30,7 @@ class Parts(Single):
     """
 
     world: World
-    in_step = True
+    in_parts = True
 
     def __init__(self, world: World, section: LayoutSection) -> None:
         super().__init__(world)

@@ -61,7 +61,7 @@ class Pipeline(Parts):
         return super().reduce(names)
 
     def facts(self) -> dict[str, Any]:
-        return self.engine.facts()
+        return super().facts() | self.engine.facts()
 
     def _join_ends(self) -> None:
         """The processes of the first and the last stage as a world; every process takes part in making them all."""

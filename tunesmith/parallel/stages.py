@@ -100,9 +100,10 @@ class Engine:
         """Losses of the targets of a batch, float32 [supervised], in every process of the pipeline; no gradients."""
         self.batches, self.reseed = [batch], lambda micro: None
         self.answer = lambda policy, batch: policy.token_losses(batch)
+        busy_seconds = self.busy_seconds
         with torch.no_grad():
             found = self._run(self._schedule(1, None), is_taught=False)
-        self.batches = ()
+        self.batches, self.busy_seconds = (), busy_seconds  # the share is that of steps
         if not self.has_last:
             found = torch.zeros(batch.targets.numel(), dtype=torch.float32, device=batch.ids.device)
         self.parts.traffic.broadcast(found, self.parts.size - 1)

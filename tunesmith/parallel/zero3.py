@@ -32,7 +32,7 @@ class Zero3(Single):
     """Weights, gradients and optimizer state in parts, by rows of every tensor."""
 
     world: World
-    in_step = True
+    in_step = in_parts = True
 
     def __init__(self, world: World) -> None:
         super().__init__(world)

@@ -242,7 +242,7 @@ def _carry_out(ready: _Ready, folder: RunFolder, resume: bool, before: bool, lib
     how = recomputed(config, ready.recompute)
     policy = Policy(loaded, adapter.route, recompute=how, packed=config.data.packing)
     result = _train(ready, folder, adapter, policy, resume)
-    weights = layout.whole(layout.pieces) if layout.in_step else {}
+    weights = layout.whole(layout.pieces) if layout.in_parts else {}
     if not is_first:
         return
     adapter = _made_whole(ready, weights) if weights else adapter

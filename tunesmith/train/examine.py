@@ -38,7 +38,7 @@ class Examiner:
 
     def metrics(self, step: int, signals: Signals) -> dict[str, float] | None:
         """What is found; None where a signal has cut it off. Raises DivergedError where its loss is not finite."""
-        if self.layout.in_step:  # the others wait for this process within it: it cannot be cut
+        if self.layout.in_parts:  # the others wait for this process within it: it cannot be cut
             return self._measured(step)
         return self.layout.world.first(lambda: self._unless_cut(step, signals))
 

@@ -394,7 +394,7 @@ class _Run:
             seconds=self.seconds(),
             peak_bytes=int(self.world.most(peak_bytes(self.device))),
             resumed_step=self.resumed_step,
-            ranks=self.world.told(held | self.world.total() | self.layout.facts()),
+            ranks=self.world.told(held | self.layout.facts()),
         )
 
 
