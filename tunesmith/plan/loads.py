@@ -6,6 +6,8 @@ stage is a difference of two. A step that is made of them is in `placed`.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
 from math import ceil, inf
@@ -75,6 +77,10 @@ class Lacks:
         return self.needed_bytes - self.room_bytes
 
 
+# by the id of a node: seconds of a micro-batch of the first blocks, of their backward, and both of embedding and head
+Costs = dict[int, tuple[list[float], list[float], tuple[float, float], tuple[float, float]]]
+
+
 class Loads:
     """Sums over the blocks of a model as a layout has them.
 
@@ -83,31 +89,41 @@ class Loads:
         tokens: of a micro-batch.
         micro_batches: of a replica, in an even share.
         kept: bytes that the first blocks keep for a micro-batch.
+        costs: of each kind of node, seconds of the first blocks and of the ends; the same for every shard and schedule.
     """
 
     def __init__(
-        self, pieces: Pieces, placement: Placement, layout: Layout, row_tokens: int, micro_batches: int
+        self,
+        pieces: Pieces,
+        placement: Placement,
+        layout: Layout,
+        row_tokens: int,
+        micro_batches: int,
+        costs: Costs | None = None,
     ) -> None:
         self.pieces, self.placement, self.layout, self.micro_batches = pieces, placement, layout, micro_batches
         self.rooms = [min(node.room_bytes for node in nodes) for nodes in placement.stages]
         self.tokens = row_tokens * layout.micro_rows
         blocks = pieces.blocks
-        states = {id(block): self.spread(block.state(layout.tensor)).total_bytes for block in pieces.kinds}
-        held = [states[id(block)] for block in blocks]
+        self.states = {id(block): block.state(layout.tensor) for block in pieces.kinds}
+        each = {key: self.spread(state).total_bytes for key, state in self.states.items()}
+        held = [each[id(block)] for block in blocks]
         kept = self.pieces.kept_bytes(self.tokens, layout.tensor, layout.recompute)
         self.held = list(accumulate(held, initial=0))
         self.kept = list(accumulate((kept if block.learns else 0 for block in blocks), initial=0))
         self.again = self.pieces.again_bytes(self.tokens, layout.tensor, layout.recompute)
-        self.costs = {id(node): self._costs(node) for nodes in placement.stages for node in nodes}
+        self.costs = costs or {id(node): self._costs(node) for nodes in placement.stages for node in nodes}
         # of each stage, what does not depend on its blocks
         self.fixed = [self._fixed(stage) for stage in range(layout.pipeline)]
         self.flights = [in_flight(layout, stage, micro_batches) for stage in range(layout.pipeline)]
 
     def seconds(self, stage: int, first: int, end: int) -> float:
-        """Seconds of a micro-batch, forward and backward, of the slowest replica; infinite where it does not fit."""
-        if self.bytes(stage, first, end) > self.rooms[stage]:
-            return inf
+        """Seconds of a micro-batch, forward and backward, of the slowest replica."""
         return max(self.of_node(node, stage, first, end)[0] for node in self.placement.stages[stage])
+
+    def fitting_seconds(self, stage: int, first: int, end: int) -> float:
+        """The same, infinite where it does not fit."""
+        return self.seconds(stage, first, end) if self.fits(stage, first, end) else inf
 
     def of_node(self, node: Node, stage: int, first: int, end: int) -> tuple[float, float]:
         """Seconds of a micro-batch on a kind of node, and of its backward alone."""
@@ -131,8 +147,9 @@ class Loads:
         """Whole weights of the part that computes and of the next."""
         if self.layout.shard != "zero3":
             return 0
-        parts = [*self.pieces.blocks[:1], *self.outer(stage)]
-        return 2 * max((part.state(self.layout.tensor).weights_bytes for part in parts), default=0)
+        largest = max((state.weights_bytes for state in self.states.values()), default=0)
+        outer = (part.state(self.layout.tensor).weights_bytes for part in self.outer(stage))
+        return 2 * max(largest, *outer, 0)
 
     def ends(self, stage: int) -> State:
         """What a stage holds besides blocks, before it is spread."""
@@ -145,22 +162,30 @@ class Loads:
 
     def memory(self, stage: int, first: int, end: int) -> StageMemory:
         state = self.spread(self.ends(stage))
-        for block in self.pieces.blocks[first:end]:
-            state += self.spread(block.state(self.layout.tensor))
+        for key, count in Counter(map(id, self.pieces.blocks[first:end])).items():
+            state += self.spread(self.states[key]).times(count)
         activations, room = self.activations(stage, first, end), self.rooms[stage]
         return StageMemory(end - first, state, activations, self.buffers(stage), room)
 
     def whole(self, stage: int, first: int, end: int) -> State:
         """The state of a stage before it is spread over replicas."""
         state = self.ends(stage)
-        for block in self.pieces.blocks[first:end]:
-            state += block.state(self.layout.tensor)
+        for key, count in Counter(map(id, self.pieces.blocks[first:end])).items():
+            state += self.states[key].times(count)
         return state
 
-    def is_hopeless(self) -> bool:
-        """Whether all devices together have less room than is needed: known without a cut."""
-        least = self.held[-1] + min(self.flights) * self.kept[-1] + sum(self.fixed)
-        return least > sum(self.rooms)
+    def fits(self, stage: int, first: int, end: int) -> bool:
+        return self.bytes(stage, first, end) <= self.rooms[stage]
+
+    def fits_somehow(self) -> bool:
+        """Whether any cut fits: it does where all blocks are placed when each stage takes as many as it can."""
+        blocks, reached = len(self.pieces.blocks), 0
+        for stage in range(self.layout.pipeline):
+            if not self.fits(stage, reached, reached):
+                return False
+            ends = range(reached, blocks + 1)
+            reached += bisect_left(ends, True, key=lambda end: not self.fits(stage, reached, end)) - 1
+        return reached == blocks
 
     def lacking(self) -> Lacks:
         """What the fullest stage lacks where blocks are split evenly."""

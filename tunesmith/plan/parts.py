@@ -6,8 +6,8 @@ not say, activations and attention, comes from the shape. Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
 from tunesmith.parallel.layout import Shard
 from tunesmith.plan.memory import TensorSpec
@@ -44,9 +44,23 @@ class State:
             self.trained_bytes + other.trained_bytes,
         )
 
+    def times(self, count: int) -> State:
+        """So many of it."""
+        return self._each(lambda value: value * count)
+
     def part(self, ways: int) -> State:
         """One of so many equal parts."""
-        return State(*(-(-value // ways) for value in astuple(self)))
+        return self if ways == 1 else self._each(lambda value: -(-value // ways))
+
+    def _each(self, change: Callable[[int], int]) -> State:
+        return State(
+            change(self.weights_bytes),
+            change(self.lowered_bytes),
+            change(self.master_bytes),
+            change(self.gradients_bytes),
+            change(self.optimizer_bytes),
+            change(self.trained_bytes),
+        )
 
     def held(self, shard: Shard, data: int) -> State:
         """What one of `data` processes holds of it (Rajbhandari et al. 2020, arXiv 1910.02054, section 5)."""

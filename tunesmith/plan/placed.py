@@ -15,7 +15,7 @@ from math import ceil
 from tunesmith.plan import links
 from tunesmith.plan.cluster import Cluster, Placement, slowest
 from tunesmith.plan.layouts import Layout, data_messages, data_traffic, idle_share, pipeline_seconds
-from tunesmith.plan.loads import Lacks, Loads, StageMemory, Work
+from tunesmith.plan.loads import Costs, Lacks, Loads, StageMemory, Work
 from tunesmith.plan.parts import Pieces
 from tunesmith.plan.stages import share_out, split_blocks
 
@@ -56,20 +56,54 @@ class Board:
     def __init__(self, cluster: Cluster, pieces: Pieces, work: Work, tensor: int, data: int, pipeline: int) -> None:
         self.cluster, self.pieces, self.work = cluster, pieces, work
         self.placement = Placement(cluster, tensor, data, pipeline)
+        self._cuts: dict[tuple[str, int], list[int]] = {}
+        self._costs: dict[tuple[str, int], Costs] = {}
 
     def place(self, layout: Layout) -> Placed | Lacks:
         """The layout on this board; its sizes are those of the board."""
         total = self.work.rows // layout.micro_rows
         if total < layout.data:
             return Lacks(layout, rows=layout.data * layout.micro_rows - self.work.rows)
-        loads = Loads(self.pieces, self.placement, layout, self.work.row_tokens, ceil(total / layout.data))
-        if loads.is_hopeless():
-            return loads.lacking()
-        counts = split_blocks(len(self.pieces.blocks), layout.pipeline, loads.seconds)
+        loads = self._loads(layout)
+        counts = self._cut(loads) if loads.fits_somehow() else None
         if counts is None:
             return loads.lacking()
+        return _Step(self, loads, list(accumulate(counts, initial=0)), total).result()
+
+    def least_seconds(self, layout: Layout) -> float:
+        """A time that the layout cannot be faster than: computing alone, memory aside. 0 where devices are unequal."""
+        if len(self.cluster.nodes) > 1:
+            return 0.0
+        loads = self._loads(layout)
+        cuts = list(accumulate(self._evenest(loads), initial=0))
+        # all cuts have the same sum, so the one with the least largest stage is the fastest
+        times = [loads.seconds(stage, cuts[stage], cuts[stage + 1]) for stage in range(layout.pipeline)]
+        return pipeline_seconds(times, loads.micro_batches, layout.chunks)
+
+    def _loads(self, layout: Layout) -> Loads:
+        key = (layout.recompute, layout.micro_rows)
+        micro_batches = ceil(self.work.rows // layout.micro_rows / layout.data)
+        tokens = self.work.row_tokens
+        found = Loads(self.pieces, self.placement, layout, tokens, micro_batches, self._costs.get(key))
+        self._costs[key] = found.costs
+        return found
+
+    def _evenest(self, loads: Loads) -> list[int]:
+        """Blocks of each stage, memory aside: the same for every shard and schedule."""
+        layout = loads.layout
+        key = (layout.recompute, layout.micro_rows)
+        if key not in self._cuts:
+            self._cuts[key] = split_blocks(len(self.pieces.blocks), layout.pipeline, loads.seconds) or []
+        return self._cuts[key]
+
+    def _cut(self, loads: Loads) -> list[int] | None:
+        """Blocks of each stage: the evenest cut, or the evenest of those that fit."""
+        counts = self._evenest(loads)
         cuts = list(accumulate(counts, initial=0))
-        return _Step(self, loads, cuts, total).result()
+        stages = loads.layout.pipeline
+        if all(loads.fits(stage, cuts[stage], cuts[stage + 1]) for stage in range(stages)):
+            return counts
+        return split_blocks(len(self.pieces.blocks), stages, loads.fitting_seconds)
 
 
 class _Step:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any, get_args
 
 from tunesmith.parallel.layout import Shard
@@ -77,8 +78,8 @@ def rank(cluster: Cluster, pieces: Pieces, work: Work) -> Ranking:
         for shard in get_args(Shard) if data > 1 else ("none",):
             found = _best(board, Layout(data=data, shard=shard, tensor=tensor, pipeline=pipeline))
             (fitting if isinstance(found, Placed) else lacking).append(found)  # type: ignore[arg-type]
-    fitting.sort(key=lambda found: (found.seconds, found.exposed_seconds, found.peak_bytes))
-    lacking.sort(key=lambda found: (found.rows, found.missing_bytes))
+    fitting.sort(key=_order)
+    lacking.sort(key=_distance)
     return Ranking(cluster, pieces, work, fitting, lacking)
 
 
@@ -112,27 +113,32 @@ def _best(board: Board, layout: Layout) -> Placed | Lacks:
     """The fastest that fits; else what the thriftiest lacks."""
     best: Placed | None = None
     nearest: Lacks | None = None
+    bound = inf
     for micro_rows in _micro_rows(board.work.rows):
-        some = False
-        for one in schedules(board, replace(layout, micro_rows=micro_rows)):
-            if one.schedule == "gpipe":  # as fast as 1f1b, and never with less memory
-                continue
-            found = _least_again(board, one)
-            if isinstance(found, Placed):
-                some = True
-                best = found if best is None else min(best, found, key=_order)
-            elif nearest is None or (found.rows, found.missing_bytes) < (nearest.rows, nearest.missing_bytes):
-                nearest = found
-        if not some:  # more rows at a time take more memory, and leave fewer micro-batches
-            break
+        fewer, bound = bound, board.least_seconds(replace(layout, micro_rows=micro_rows, chunks=max(CHUNKS)))
+        if best is not None and bound >= max(best.seconds, fewer):
+            break  # the bound falls with the rows, and then rises: nothing better follows
+        found = [_least_again(board, one, best) for one in _searched(board, replace(layout, micro_rows=micro_rows))]
+        fitting = [one for one in found if isinstance(one, Placed)]
+        if not fitting and None not in found:
+            nearest = min([one for one in (*found, nearest) if isinstance(one, Lacks)], key=_distance)
+            break  # more rows at a time take more memory, and leave fewer micro-batches
+        best = min([*fitting, *filter(None, [best])], key=_order)
     if best is not None:
         return best
     assert nearest is not None
     return nearest
 
 
-def _least_again(board: Board, layout: Layout) -> Placed | Lacks:
-    """The layout with the least recomputation that fits: more of it is never faster."""
+def _searched(board: Board, layout: Layout) -> list[Layout]:
+    """Schedules without gpipe, which is as fast as 1f1b and never has less memory."""
+    return [one for one in schedules(board, layout) if one.schedule != "gpipe"]
+
+
+def _least_again(board: Board, layout: Layout, best: Placed | None) -> Placed | Lacks | None:
+    """The layout with the least recomputation that fits: more of it is never faster. None where it cannot be best."""
+    if best is not None and board.least_seconds(layout) >= best.seconds:
+        return None
     found: Placed | Lacks = Lacks(layout)
     for how in get_args(How):
         found = board.place(replace(layout, recompute=how))
@@ -147,6 +153,10 @@ def _micro_rows(rows: int) -> Iterator[int]:
     while rows % size == 0:
         yield size
         size *= 2
+
+
+def _distance(found: Lacks) -> tuple[int, int]:
+    return found.rows, found.missing_bytes
 
 
 def _order(found: Placed) -> tuple[float, float, int]:
