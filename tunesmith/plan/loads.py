@@ -113,13 +113,18 @@ class Loads:
         self.kept = list(accumulate((kept if block.learns else 0 for block in blocks), initial=0))
         self.again = self.pieces.again_bytes(self.tokens, layout.tensor, layout.recompute)
         self.costs = costs or {id(node): self._costs(node) for nodes in placement.stages for node in nodes}
+        # of each stage, by kind of node: seconds of the first blocks, and of what it has besides
+        self.curves = [
+            [(self.costs[id(node)][0], self.of_node(node, stage, 0, 0)[0]) for node in nodes]
+            for stage, nodes in enumerate(placement.stages)
+        ]
         # of each stage, what does not depend on its blocks
         self.fixed = [self._fixed(stage) for stage in range(layout.pipeline)]
         self.flights = [in_flight(layout, stage, micro_batches) for stage in range(layout.pipeline)]
 
     def seconds(self, stage: int, first: int, end: int) -> float:
         """Seconds of a micro-batch, forward and backward, of the slowest replica."""
-        return max(self.of_node(node, stage, first, end)[0] for node in self.placement.stages[stage])
+        return max(whole[end] - whole[first] + ends for whole, ends in self.curves[stage])
 
     def fitting_seconds(self, stage: int, first: int, end: int) -> float:
         """The same, infinite where it does not fit."""
