@@ -170,3 +170,25 @@ def test_replicas_of_unequal_nodes_are_told_apart() -> None:
     assert [(nodes[0].name, count) for nodes, count in placed.replicas] == [("h100", 1), ("a100", 2)]
     assert placed.members == [0, 1, 1]
     assert mixed.tensor_sizes() == [1, 2]
+
+
+# the page
+
+
+def test_the_answers_of_the_page_are_those_of_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kills: a number of the page that was typed, or is of older code."""
+    from test_docs import blocks, file_of, shown, typed
+
+    monkeypatch.chdir(tmp_path)
+    Path("llama-8b").mkdir()
+    Path("llama-8b/config.json").write_text(blocks("cluster.md", "json")[0])
+    for block in blocks("cluster.md", "yaml"):
+        Path(file_of(block) or "").write_text(block)
+    run = {"model": "llama-8b", "data": {"train": "rows.jsonl", "max_length": 4096}, "method": "full", "out": "o"}
+    Path("sft.yaml").write_text(json.dumps(run | {"train": {"steps": 1000, "tokens_per_step": 2097152}}))
+    for block in blocks("cluster.md", "console"):
+        for one in typed(block):
+            result = CliRunner().invoke(app, one.command.split()[1:], env={"COLUMNS": "140"})
+            assert result.exit_code == 0, result.output
+            there = shown(one.lines, result.output)
+            assert there == len(one.lines), f"{one.lines[there]!r} is not in\n{result.output}"
