@@ -46,7 +46,7 @@ class DeviceSection(Section):
     between: LinkSection
 
 
-# latencies of a step of a ring, from the tuning table of NCCL 2.27 (src/graph/tuning.cc, hwLat, Ring, Simple)
+# latencies of a step of a ring, from the tuning table of NCCL (src/graph/tuning.cc, hwLat, Ring, Simple)
 NVLINK_US, PCIE_US, NETWORK_US = 3.4, 5.7, 14.0
 
 
