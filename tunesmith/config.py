@@ -233,6 +233,8 @@ def _short(value: Any) -> str:
 def _keys_at(section: type[BaseModel], path: list[str]) -> list[str]:
     """The keys a section has at a path, as far as its type says."""
     for part in path:
+        if part.isdigit():  # an entry of a list, whose type is known
+            continue
         field = section.model_fields.get(part)
         kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
         inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from tunesmith.claims.claim import Claim
+from tunesmith.parallel.layout import Shard
 
 _ENERGY, _ZERO = "CS839 training: energy of five models", "CS685 fine-tuning: ZeRO table"
 _COST, _DDP = "CS685 fine-tuning: cost of a 3B model", "CS224N lecture 12: data parallel"
@@ -39,9 +40,18 @@ def _state(parameters: int, of: str = "state_bytes") -> Callable[[], int]:
     return count
 
 
-def _zero(*, weights: int, gradients: int, optimizer: int) -> Callable[[], Fraction]:
-    """Bytes a device of a 7.5B model, each part spread over so many devices (Rajbhandari et al. 2020, figure 1)."""
-    return lambda: 7_500_000_000 * (Fraction(2, weights) + Fraction(2, gradients) + Fraction(12, optimizer))
+def _zero(shard: Shard) -> Callable[[], int]:
+    """Bytes a device of 64 that train 7.5 B parameters, as the planner of clusters spreads them (arXiv 1910.02054,
+    figure 1): weights and gradients in 16 bits, K = 12 for float32 masters and two moments."""
+
+    def count() -> int:
+        from tunesmith.plan.pieces import State
+
+        psi = 7_500_000_000
+        whole = State(weights_bytes=2 * psi, master_bytes=4 * psi, gradients_bytes=2 * psi, optimizer_bytes=8 * psi)
+        return whole.held(shard, 64).total_bytes
+
+    return count
 
 
 def _bits(dtype: str, part: str) -> Callable[[], int]:
@@ -165,10 +175,10 @@ ARITHMETIC = (
     Claim("cost-3b-weights", _COST, "6 G", _GB, _state(3_000_000_000, "weights_bytes")),
     Claim("cost-3b-gradients", _COST, "6 G", _GB, _state(3_000_000_000, "gradients_bytes")),
     Claim("cost-3b-adam", _COST, "36 G", _GB, _state(3_000_000_000, "adam")),
-    Claim("zero-0", _ZERO, "120 G", _GB, _zero(weights=1, gradients=1, optimizer=1)),
-    Claim("zero-1", _ZERO, "31.4 G", _GB, _zero(weights=1, gradients=1, optimizer=64)),
-    Claim("zero-2", _ZERO, "16.6 G", _GB, _zero(weights=1, gradients=64, optimizer=64)),
-    Claim("zero-3", _ZERO, "1.9 G", _GB, _zero(weights=64, gradients=64, optimizer=64)),
+    Claim("zero-0", _ZERO, "120 G", _GB, _zero("none")),
+    Claim("zero-1", _ZERO, "31.4 G", _GB, _zero("zero1")),
+    Claim("zero-2", _ZERO, "16.6 G", _GB, _zero("zero2")),
+    Claim("zero-3", _ZERO, "1.9 G", _GB, _zero("zero3")),
     Claim("chinchilla-ratio", _TOKENS, "20", "tokens a parameter", lambda: Fraction(1_400_000_000_000, 70_000_000_000)),
     Claim("chinchilla-70b", _TOKENS, "1.4 T", "tokens", _twenty(70)),
     Claim("chinchilla-llama", _TOKENS, "1.3 T", "tokens", _twenty(65)),

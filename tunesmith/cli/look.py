@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tunesmith.cli.arguments import ConfigFile, Json, Overrides
+
+if TYPE_CHECKING:
+    from tunesmith.config import Config
 
 
 def register(app: typer.Typer) -> None:
@@ -65,22 +68,45 @@ def _show_rows(dataset: Any, rows: int) -> None:
         console.rule()
 
 
-def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Say before anything is paid what CONFIG needs: parameters, memory, steps, tokens, FLOPs, time."""
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        str, typer.Option("--cluster", metavar="FILE", help="A YAML file of nodes: ranks the layouts on them instead.")
+    ] = "",
+    top: Annotated[int, typer.Option("--top", min=1, help="How many layouts of a cluster to show.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Say before anything is paid what CONFIG needs: parameters, memory, steps, tokens, FLOPs, time.
+
+    With --cluster: how the model would lie on machines that are only described, every layout, the fastest first.
+    """
     from tunesmith.config import load_config, naming
-    from tunesmith.run.planning import plan_run
-    from tunesmith.run.prepare import prepare
 
     wanted = load_config(config, overrides)
     with naming(config):
-        made = plan_run(prepare(wanted))
+        made = _placed(wanted, cluster, top) if cluster else _planned(wanted)
     if as_json:
         from tunesmith.cli.main import print_json
 
-        print_json(made.as_dict())
+        print_json(made)
         return
     from rich.console import Console
 
     from tunesmith.plan.show import show_plan
+    from tunesmith.plan.show_layouts import show_layouts
 
-    Console(highlight=False).print(show_plan(made.as_dict()))
+    Console(highlight=False).print(show_layouts(made) if cluster else show_plan(made))
+
+
+def _planned(config: Config) -> dict[str, Any]:
+    from tunesmith.run.planning import plan_run
+    from tunesmith.run.prepare import prepare
+
+    return plan_run(prepare(config)).as_dict()
+
+
+def _placed(config: Config, cluster: str, top: int) -> dict[str, Any]:
+    from tunesmith.run.placing import rank_layouts, read_cluster
+
+    return rank_layouts(config, read_cluster(cluster)).as_dict(top)
