@@ -65,8 +65,16 @@ def _show_rows(dataset: Any, rows: int) -> None:
         console.rule()
 
 
-def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+def plan(
+    config: Annotated[str, typer.Argument(metavar="[CONFIG]", help="A YAML file, as `tunesmith init` writes it.")] = "",
+    overrides: Overrides = None,
+    formats: Annotated[bool, typer.Option("--formats", help="Show the formats of numbers instead of a plan.")] = False,
+    as_json: Json = False,
+) -> None:
     """Say before anything is paid what CONFIG needs: parameters, memory, steps, tokens, FLOPs, time."""
+    if formats or not config:
+        _formats(bool(config), formats, as_json)
+        return
     from tunesmith.config import load_config, naming
     from tunesmith.run.planning import plan_run
     from tunesmith.run.prepare import prepare
@@ -84,3 +92,22 @@ def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
     from tunesmith.plan.show import show_plan
 
     Console(highlight=False).print(show_plan(made.as_dict()))
+
+
+def _formats(has_config: bool, asked: bool, as_json: bool) -> None:
+    from tunesmith.core.errors import ConfigError
+
+    if has_config or not asked:
+        told = "takes no CONFIG with --formats" if asked else "needs a CONFIG, or --formats"
+        raise ConfigError(told, where="plan", hint="tunesmith plan CONFIG, or tunesmith plan --formats")
+    from tunesmith.plan.formats import formats, show_formats
+
+    table = formats()
+    if as_json:
+        from tunesmith.cli.main import print_json
+
+        print_json([one.as_dict() for one in table])
+        return
+    from rich.console import Console
+
+    Console(highlight=False).print(show_formats(table))
