@@ -331,3 +331,30 @@ def test_the_plan_traces_what_codes_cost_while_they_are_used(tmp_path, kind):
             found.append(measure(loaded.model, lambda p=policy, b=batch: SFT().loss(p, b).total, 16))
     assert found[0].activations_bytes == pytest.approx(found[1].activations_bytes, rel=0.05)
     assert found[0].flops == found[1].flops
+
+
+def test_a_merged_export_is_the_unmerged_run_and_requantising_says_what_it_costs(tmp_path, capsys):
+    """Kills: an export of the weights that the codes were made from; an error that is not measured."""
+    from tunesmith.run.shipping import ship
+
+    tiny_folder(tmp_path / "base")
+    loaded = load(tmp_path / "base", base="nf4")
+    adapter = LoRA(targets=("q", "v", "down")).attach(loaded)
+    disturb(adapter)
+    with adapter.route.enter():
+        said = answers(loaded)
+    adapter.save(tmp_path / "run")
+    exported = load(ship(str(tmp_path / "run/adapter"), "merged", str(tmp_path / "merged")))
+    assert torch.allclose(answers(exported), said, atol=1e-5)
+    assert not torch.allclose(answers(load(tmp_path / "base")), said, atol=1e-2)
+    with pytest.raises(ConfigError, match="has no effect with --to gguf"):
+        ship(str(tmp_path / "run/adapter"), "gguf", str(tmp_path / "other"), "nf4")
+
+    again = load(ship(str(tmp_path / "run/adapter"), "merged", str(tmp_path / "again"), "nf4"))
+    told = float(capsys.readouterr().err.split("nf4: ")[1].split(" %")[0])
+    pairs = [(again.model.get_parameter(name), exported.model.get_parameter(name)) for name in quantisable(again.model)]
+    apart = sum((one - other).square().sum() for one, other in pairs) / sum(other.square().sum() for _, other in pairs)
+    assert told == pytest.approx(100 * apart.sqrt().item(), abs=0.01)
+    assert 1 < told < 20
+    for one, other in pairs:  # what has been rounded has the codes that it was rounded to
+        assert torch.equal(codes.to_nf4(one.detach())["codes"], codes.to_nf4(other.detach())["codes"])

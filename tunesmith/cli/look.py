@@ -69,18 +69,22 @@ def _show_rows(dataset: Any, rows: int) -> None:
 
 
 def plan(
-    config: ConfigFile,
+    config: Annotated[str, typer.Argument(metavar="[CONFIG]", help="A YAML file, as `tunesmith init` writes it.")] = "",
     overrides: Overrides = None,
     cluster: Annotated[
         str, typer.Option("--cluster", metavar="FILE", help="A YAML file of nodes: ranks the layouts on them instead.")
     ] = "",
     top: Annotated[int, typer.Option("--top", min=1, help="How many layouts of a cluster to show.")] = 10,
+    formats: Annotated[bool, typer.Option("--formats", help="Show the formats of numbers instead of a plan.")] = False,
     as_json: Json = False,
 ) -> None:
     """Say before anything is paid what CONFIG needs: parameters, memory, steps, tokens, FLOPs, time.
 
     With --cluster: how the model would lie on machines that are only described, every layout, the fastest first.
     """
+    if formats or not config:
+        _formats(bool(config), formats, as_json)
+        return
     from tunesmith.config import load_config, naming
 
     wanted = load_config(config, overrides)
@@ -110,3 +114,22 @@ def _placed(config: Config, cluster: str, top: int) -> dict[str, Any]:
     from tunesmith.run.placing import rank_layouts, read_cluster
 
     return rank_layouts(config, read_cluster(cluster)).as_dict(top)
+
+
+def _formats(has_config: bool, asked: bool, as_json: bool) -> None:
+    from tunesmith.core.errors import ConfigError
+
+    if has_config or not asked:
+        told = "takes no CONFIG with --formats" if asked else "needs a CONFIG, or --formats"
+        raise ConfigError(told, where="plan", hint="tunesmith plan CONFIG, or tunesmith plan --formats")
+    from tunesmith.plan.formats import formats, show_formats
+
+    table = formats()
+    if as_json:
+        from tunesmith.cli.main import print_json
+
+        print_json([one.as_dict() for one in table])
+        return
+    from rich.console import Console
+
+    Console(highlight=False).print(show_formats(table))

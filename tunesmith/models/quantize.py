@@ -6,6 +6,7 @@ The maps of the blocks are; embedding, output head, norms and biases are not, as
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tunesmith.core.errors import ModelError
-from tunesmith.kernels.quantized import Kind, quantize
+from tunesmith.kernels.quantized import Kind, dense, quantize
 from tunesmith.models.ports import port_kind
 from tunesmith.models.weights import TensorSpec
 
@@ -52,6 +53,26 @@ def hold_as_codes(model: nn.Module, names: list[str], kind: Kind, dtype: torch.d
         if not weight.is_meta and not torch.isfinite(weight).all():
             raise ModelError(f"NaN or infinity in the weights: {name}")
         owner._parameters["weight"] = nn.Parameter(quantize(weight, kind, dtype), requires_grad=False)
+
+
+@torch.no_grad()
+def requantise(model: nn.Module, kind: Kind) -> float:
+    """Replaces the same weights, as they are now, by the numbers of their codes, in place.
+
+    Returns:
+        The norm of what that changed, as a share of the norm of the weights.
+    """
+    changed = whole = 0.0
+    for name in quantisable(model):
+        owner = model.get_submodule(name.removesuffix(".weight"))
+        weight = owner._parameters["weight"]
+        assert weight is not None
+        now = dense(weight.detach())
+        rounded = quantize(now, kind, now.dtype).dense()
+        changed += float((rounded.double() - now.double()).square().sum())
+        whole += float(now.double().square().sum())
+        owner._parameters["weight"] = nn.Parameter(rounded, requires_grad=False)
+    return math.sqrt(changed / max(whole, 1e-300))
 
 
 def _read(place: Place) -> Tensor:

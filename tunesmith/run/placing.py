@@ -1,7 +1,7 @@
 """A run on a cluster that is only described: the real model and method on the meta device, placed in every way.
 
 Needs no weights and no rows: a folder with config.json is enough, and a step is as many rows of `data.max_length` as
-`train` has room for. What is counted is in `plan.parts`, what is ranked in `plan.ranking`.
+`train` has room for. What is counted is in `plan.pieces`, what is ranked in `plan.ranking`.
 """
 
 from __future__ import annotations

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunesmith.core.errors import ConfigError
 from tunesmith.core.files import atomic_folder
 from tunesmith.run.opening import look, open_model
 
+if TYPE_CHECKING:
+    from tunesmith.kernels.quantized import Kind
 
-def ship(source: str, to: str, target: str) -> Path:
+
+def ship(source: str, to: str, target: str, requantise: Kind | None = None) -> Path:
     """Writes a run as `peft`, `merged` or `gguf` and answers the path.
 
-    Raises: ConfigError where the target exists or the run has no adapter to write; ModelError.
+    What an adapter learnt on codes is added to the numbers of these codes.
+
+    Args:
+        requantise: round the merged maps to what codes of this kind can say, and tell what that changed.
+
+    Raises: ConfigError where the target exists, the run has no adapter to write, or there is nothing to round;
+        ModelError.
     """
+    if requantise is not None and to != "merged":
+        raise ConfigError(f"has no effect with --to {to}", where="--requantize", hint="use --to merged")
     from tunesmith.export.merged import refuse_existing
 
     path = Path(target)
@@ -32,6 +45,12 @@ def ship(source: str, to: str, target: str) -> Path:
     opened = open_model(seen, precision="fp32")
     if opened.adapter is not None and (opened.adapter.inserts() or opened.adapter.trained):
         merge(opened.loaded, opened.route.adapters)
+    if requantise is not None:
+        from tunesmith.models.quantize import requantise as round_to_codes
+
+        error = round_to_codes(opened.loaded.model, requantise)
+        told = f"requantised to {requantise}: {100 * error:.2f} % of the merged maps' norm was rounded away"
+        print(told, file=sys.stderr)
     if to == "merged":
         from tunesmith.export.merged import save_merged
 
