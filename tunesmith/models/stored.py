@@ -6,6 +6,7 @@ misleads, or weights that have changed since, can only be left out, never be wro
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,17 +30,21 @@ class Stored:
     Args:
         loaded: the model as it was loaded from its folder, whatever adapters are on it by now.
 
-    Raises: ModelError where the folder's weights are gone or damaged.
     """
 
     def __init__(self, loaded: Loaded) -> None:
-        self.model, self.own = loaded.model, base_state(loaded.model).keys()
-        self.places = stored_places(loaded.model, weight_files(loaded.folder))
+        self.model, self.folder, self.own = loaded.model, loaded.folder, base_state(loaded.model).keys()
+
+    @cached_property
+    def places(self) -> dict[str, tuple[Path, TensorSpec]]:
+        """File and entry of every stored tensor, by its name in the model."""
+        return stored_places(self.model, weight_files(self.folder))
 
     def finer(self, name: str, parameter: nn.Parameter) -> Tensor | None:
         """The numbers that a base parameter, or a fresh copy of it, was rounded from: float32, in its shape.
 
-        None where the file has no more of it than the parameter, or nothing that rounds to it.
+        None where the file has no more of it than the parameter, or nothing that rounds to it. Raises ModelError where
+        the folder's weights are gone or damaged.
 
         Args:
             name: of the base parameter; where it is tied, any of its names.
