@@ -97,7 +97,7 @@ def test_launch_refuses_a_layout_of_one_process(tmp_path: Path, capsys: pytest.C
     ("changes", "told"),
     [
         ({"layout": {"shard": "zero1"}}, "shard: zero1 has no effect on one process"),
-        ({"layout": {"tensor": 2}}, "2 is not there yet"),
+        ({"layout": {"tensor": 2, "pipeline": 2}}, "not there together yet"),
         ({"layout": {"data": 2}, "train": {"steps": 1, "cache_trunk": 9}}, "is for one process"),
         (
             {
