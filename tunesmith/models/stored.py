@@ -6,6 +6,8 @@ misleads, or weights that have changed since, can only be left out, never be wro
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,13 +30,20 @@ class Stored:
 
     Args:
         loaded: the model as it was loaded from its folder, whatever adapters are on it by now.
-
-    Raises: ModelError where the folder's weights are gone or damaged.
     """
 
     def __init__(self, loaded: Loaded) -> None:
-        self.model, self.own = loaded.model, base_state(loaded.model).keys()
-        self.places = stored_places(loaded.model, weight_files(loaded.folder))
+        self.model, self.folder = loaded.model, loaded.folder
+
+    @cached_property
+    def own(self) -> Collection[str]:
+        """Names that the base's tensors have."""
+        return base_state(self.model).keys()
+
+    @cached_property
+    def places(self) -> dict[str, tuple[Path, TensorSpec]]:
+        """File and entry of every stored tensor. Raises ModelError where the folder's weights are gone or damaged."""
+        return stored_places(self.model, weight_files(self.folder))
 
     def finer(self, name: str, parameter: nn.Parameter) -> Tensor | None:
         """The numbers that a base parameter, or a fresh copy of it, was rounded from: float32, in its shape.
