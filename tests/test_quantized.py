@@ -351,10 +351,15 @@ def test_a_merged_export_is_the_unmerged_run_and_requantising_says_what_it_costs
         ship(str(tmp_path / "run/adapter"), "gguf", str(tmp_path / "other"), "nf4")
 
     again = load(ship(str(tmp_path / "run/adapter"), "merged", str(tmp_path / "again"), "nf4"))
-    told = float(capsys.readouterr().err.split("nf4: ")[1].split(" %")[0])
+    words = capsys.readouterr().err.split()
+    told, lost = (float(words[place - 1]) for place, word in enumerate(words) if word == "%")
     pairs = [(again.model.get_parameter(name), exported.model.get_parameter(name)) for name in quantisable(again.model)]
     apart = sum((one - other).square().sum() for one, other in pairs) / sum(other.square().sum() for _, other in pairs)
     assert told == pytest.approx(100 * apart.sqrt().item(), abs=0.01)
     assert 1 < told < 20
+    base = dict(load(tmp_path / "base", base="nf4").model.named_parameters())
+    changes = [exported.model.get_parameter(name) - base[name].dense() for name in quantisable(again.model)]
+    rounding = sum((one - other).square().sum() for one, other in pairs)
+    assert lost == pytest.approx(100 * (rounding / sum(one.square().sum() for one in changes)).sqrt().item(), abs=0.6)
     for one, other in pairs:  # what has been rounded has the codes that it was rounded to
         assert torch.equal(codes.to_nf4(one.detach())["codes"], codes.to_nf4(other.detach())["codes"])

@@ -7,6 +7,7 @@ The maps of the blocks are; embedding, output head, norms and biases are not, as
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +57,29 @@ def hold_as_codes(model: nn.Module, names: list[str], kind: Kind, dtype: torch.d
 
 
 @torch.no_grad()
-def requantise(model: nn.Module, kind: Kind) -> float:
+def requantise(model: nn.Module, kind: Kind, before: Mapping[str, Tensor]) -> tuple[float, float]:
     """Replaces the same weights, as they are now, by the numbers of their codes, in place.
 
+    Args:
+        before: the weights as they were when nothing had been merged into them, by name.
+
     Returns:
-        The norm of what that changed, as a share of the norm of the weights.
+        The norm of what that changed, as a share of the norm of the weights, and of what merging had changed (0 where
+        that is nothing). A small change of a large weight lies between two codes: the first share may be tiny and the
+        change lost.
     """
-    changed = whole = 0.0
+    rounding = whole = merged = 0.0
     for name in quantisable(model):
         owner = model.get_submodule(name.removesuffix(".weight"))
         weight = owner._parameters["weight"]
         assert weight is not None
         now = dense(weight.detach())
         rounded = quantize(now, kind, now.dtype).dense()
-        changed += float((rounded.double() - now.double()).square().sum())
+        rounding += float((rounded.double() - now.double()).square().sum())
         whole += float(now.double().square().sum())
+        merged += float((now.double() - dense(before[name]).double()).square().sum())
         owner._parameters["weight"] = nn.Parameter(rounded, requires_grad=False)
-    return math.sqrt(changed / max(whole, 1e-300))
+    return math.sqrt(rounding / whole), math.sqrt(rounding / merged) if merged else 0.0
 
 
 def _read(place: Place) -> Tensor:

@@ -6,6 +6,7 @@ misleads, or weights that have changed since, can only be left out, never be wro
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,15 +30,19 @@ class Stored:
 
     Args:
         loaded: the model as it was loaded from its folder, whatever adapters are on it by now.
-
     """
 
     def __init__(self, loaded: Loaded) -> None:
-        self.model, self.folder, self.own = loaded.model, loaded.folder, base_state(loaded.model).keys()
+        self.model, self.folder = loaded.model, loaded.folder
+
+    @cached_property
+    def own(self) -> Collection[str]:
+        """Names that the base's tensors have."""
+        return base_state(self.model).keys()
 
     @cached_property
     def places(self) -> dict[str, tuple[Path, TensorSpec]]:
-        """File and entry of every stored tensor, by its name in the model."""
+        """File and entry of every stored tensor. Raises ModelError where the folder's weights are gone or damaged."""
         return stored_places(self.model, weight_files(self.folder))
 
     def finer(self, name: str, parameter: nn.Parameter) -> Tensor | None:

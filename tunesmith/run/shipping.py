@@ -43,14 +43,15 @@ def ship(source: str, to: str, target: str, requantise: Kind | None = None) -> P
 
     # fp32, so that the delta is added before anything is rounded
     opened = open_model(seen, precision="fp32")
+    before = {name: held.detach() for name, held in opened.loaded.model.named_parameters()}
     if opened.adapter is not None and (opened.adapter.inserts() or opened.adapter.trained):
         merge(opened.loaded, opened.route.adapters)
     if requantise is not None:
         from tunesmith.models.quantize import requantise as round_to_codes
 
-        error = round_to_codes(opened.loaded.model, requantise)
-        told = f"requantised to {requantise}: {100 * error:.2f} % of the merged maps' norm was rounded away"
-        print(told, file=sys.stderr)
+        error, lost = round_to_codes(opened.loaded.model, requantise, before)
+        told = f"requantised to {requantise}: rounding is {100 * error:.2f} % of the merged maps' norm"
+        print(f"{told}, {100 * lost:.0f} % of what the adapter had changed in them", file=sys.stderr)
     if to == "merged":
         from tunesmith.export.merged import save_merged
 
