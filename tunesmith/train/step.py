@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tunesmith.train.precision import Precision
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def accumulate(
@@ -153,6 +154,16 @@ def update(
     precision.clear()
     layout.clear()
     return norm
+
+
+def marked(steps: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """Each step with whether it is the last one, so that the last one can be evaluated and saved as such."""
+    iterator = iter(steps)
+    current = next(iterator, None)
+    while current is not None:
+        following = next(iterator, None)
+        yield current, following is None
+        current = following
 
 
 def named_rows(batches: Sequence[Batch], limit: int = 8) -> str:

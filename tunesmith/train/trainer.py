@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +34,7 @@ from tunesmith.train.phases import span_of, train_only
 from tunesmith.train.precision import Precision
 from tunesmith.train.scaling import LossScale
 from tunesmith.train.schedule import learning_rate
-from tunesmith.train.step import accumulate, fill_missing, update
+from tunesmith.train.step import accumulate, fill_missing, marked, update
 from tunesmith.train.stop import Signals, judge
 from tunesmith.train.tuned import Result, Tuned
 
@@ -197,7 +197,7 @@ class _Run:
             self._after(json.loads(self.state.pending), self.state.reason)
         if self.state.reason:
             return
-        for step, is_last in _marked(stream_from(Cursor(**(self.state.cursor or {})))):
+        for step, is_last in marked(stream_from(Cursor(**(self.state.cursor or {})))):
             began, worked = time.monotonic(), time.process_time()
             record = self._step(step)
             record["cpu_seconds"] = round(time.process_time() - worked, 6)
@@ -396,13 +396,3 @@ class _Run:
             resumed_step=self.resumed_step,
             ranks=self.world.told(held | self.layout.facts()),
         )
-
-
-def _marked(steps: Iterable[Step]) -> Iterator[tuple[Step, bool]]:
-    """Each step with whether it is the last one, so that the last one can be evaluated and saved as such."""
-    iterator = iter(steps)
-    current = next(iterator, None)
-    while current is not None:
-        following = next(iterator, None)
-        yield current, following is None
-        current = following
