@@ -162,14 +162,17 @@ def _heads_normed(shape: _Shape, attention: Any, qkv: Tensor) -> Tensor:
     if not shape.form.heads:
         return qkv
     norms, (heads, kv) = modules_at(attention, shape.form.heads), _counts(shape, attention, qkv)
-    held = [_gain(module) for module in norms]
-    if not any(isinstance(module, Port) and any(True for _ in module.acting()) for module in norms):
-        q, k = (found for found in held)
-        if q is not None and k is not None:
-            return elementwise.norm_heads(qkv, q[0], k[0], heads, kv, q[1], shape.form.offset)
+    q, k = (None if _acts(module) else _gain(module) for module in norms)
+    if q is not None and k is not None:
+        return elementwise.norm_heads(qkv, q[0], k[0], heads, kv, q[1], shape.form.offset)
     parts = qkv.unflatten(1, (heads + 2 * kv, -1)).split([heads, kv, kv], 1)
     normed = [_normed(shape, module, part, None)[0] for module, part in zip(norms, parts[:2], strict=True)]
     return torch.cat([*normed, parts[2]], 1).flatten(1)
+
+
+def _acts(module: nn.Module) -> bool:
+    """Whether an insert acts at a module."""
+    return isinstance(module, Port) and any(True for _ in module.acting())
 
 
 def _gain(module: nn.Module) -> tuple[Tensor, float] | None:
@@ -190,7 +193,7 @@ def _normed(shape: _Shape, module: nn.Module, x: Tensor, beside: Tensor | None) 
         found = elementwise.rms_norm(x, weight, eps, offset)
     else:
         x, found = elementwise.add_rms_norm(x, beside, weight, eps, offset)
-    if isinstance(module, Port) and any(True for _ in module.acting()):
+    if isinstance(module, Port) and _acts(module):
         return module.changed(x, found), x, None
     make = partial(elementwise.rms_norm, eps=eps, offset=offset)
     return found, x, Again(make, (x.detach(), weight.detach()))
