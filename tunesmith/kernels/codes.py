@@ -94,9 +94,10 @@ def to_dynamic(x: Tensor, *, signed: bool, block: int, chance: Tensor | None = N
         codes = _nearest(scaled, DYNAMIC[signed])
     else:
         table = DYNAMIC[signed].to(x.device)
-        below = (torch.bucketize(scaled, table, right=True) - 1).clamp_(0, len(table) - 2)
-        share = (scaled - table[below]) / (table[below + 1] - table[below])
-        codes = (below + (share > _in_blocks(chance, block))).to(torch.uint8)
+        place = torch.bucketize(scaled.view(-1), table[1:-1], right=True, out_int32=True)
+        lower, step = table.index_select(0, place), table.diff().index_select(0, place)
+        codes = place + (scaled.view(-1) - lower > step * _in_blocks(chance, block).view(-1))
+        codes = codes.to(torch.uint8)
     return codes.view(-1)[: x.numel()], largest
 
 
