@@ -51,7 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", default="alpaca-demo")
     parser.add_argument("--rows", type=int, default=0, help="of an update; 0: what the lengths say")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--micro-tokens", type=int, default=512)
+    parser.add_argument("--micro-tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds; one more warms up")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--alone", action="store_true", help="without the cumulative rows")

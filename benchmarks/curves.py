@@ -77,7 +77,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """What workers are told."""
     return {
         "threads": options.threads, "model": options.model, "data": options.data, "max_length": options.max_length,
-        "steps": options.steps, "rows": options.rows, "prefix": 0, "lengths": options.lengths, "micro_tokens": 512,
+        "steps": options.steps, "rows": options.rows, "prefix": 0, "lengths": options.lengths, "micro_tokens": 1024,
         "lr": options.lr, "method": method_of(options), "precision": "bf16", "seeds": list(range(options.seeds)),
     }  # fmt: skip
 

@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", default="alpaca-demo")
     parser.add_argument("--pairs", type=int, default=5, help="counted pairs of blocks; one more warms up")
     parser.add_argument("--block", type=int, default=1, help="steps in a turn")
-    parser.add_argument("--micro-tokens", type=int, default=512)
+    parser.add_argument("--micro-tokens", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5, help="of answers; 0 leaves them out")
     parser.add_argument("--prompt", type=int, default=256, help="tokens that are read")

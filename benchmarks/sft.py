@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=24, help="timed steps of each side, the dropped ones included")
     parser.add_argument("--block", type=int, default=3, help="steps in a turn")
     parser.add_argument("--rows", type=int, default=0, help="rows of an update; 0: what the lengths say, or 8")
-    parser.add_argument("--micro-tokens", type=int, default=512, help="tokens of our forward pass; tune's default")
+    parser.add_argument("--micro-tokens", type=int, default=1024, help="tokens of our forward pass; tune's default")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-4, help="a tenth of it where everything trains")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))

@@ -50,7 +50,7 @@ def test_every_update_has_a_rate_above_zero_and_at_most_the_full_one(schedule, w
 
 def test_sizes_default_to_tokens_and_one_number_is_enough():
     section = TrainSection(steps=100)
-    assert (section.tokens_per_step, section.micro_batch_tokens, section.rows_per_step) == (4096, 512, None)
+    assert (section.tokens_per_step, section.micro_batch_tokens, section.rows_per_step) == (4096, 1024, None)
     assert TrainSection(steps=1, tokens_per_step=512).micro_batch_tokens == 512
     assert TrainSection(epochs=1, rows_per_step=3).micro_batch_rows == 3
 

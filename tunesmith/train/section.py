@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from tunesmith.core.section import Section
 
-TOKENS_PER_STEP, MICRO_BATCH_TOKENS = 4096, 512
+TOKENS_PER_STEP, MICRO_BATCH_TOKENS = 4096, 1024
 MICRO_BATCH_ROWS = 4
 SIZES = ("tokens_per_step", "micro_batch_tokens", "rows_per_step", "micro_batch_rows")
 
