@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.kernels.quantized import Quantized
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -30,9 +32,12 @@ def storage_bytes(tensors: Iterable[Tensor], apart_from: Iterable[Tensor] = ()) 
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    found = {}
-    for tensor in tensors:
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # of a tensor in parts
-        storage = local.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
-    return found
+    storages = [held.untyped_storage() for tensor in tensors for held in _held(tensor)]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def _held(tensor: Tensor) -> Iterable[Tensor]:
+    """The ordinary tensors that hold one: this process's of a tensor in parts, codes and scales of a quantised one."""
+    if isinstance(tensor, Quantized):
+        return tensor.parts.values()
+    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor]
