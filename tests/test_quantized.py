@@ -22,6 +22,7 @@ from tunesmith.models.load import load, meta
 from tunesmith.models.policy import Policy
 from tunesmith.models.quantize import hold_as_codes, quantisable
 from tunesmith.objectives.sft import SFT
+from tunesmith.train.held import storage_bytes
 
 KINDS = ("bf16", "int8", "nf4")
 FAMILIES = ("llama", "gpt2", "gemma2", "phi3", "bert", "t5")
@@ -363,3 +364,14 @@ def test_a_merged_export_is_the_unmerged_run_and_requantising_says_what_it_costs
     assert lost == pytest.approx(100 * (rounding / sum(one.square().sum() for one in changes)).sqrt().item(), abs=0.6)
     for one, other in pairs:  # what has been rounded has the codes that it was rounded to
         assert torch.equal(codes.to_nf4(one.detach())["codes"], codes.to_nf4(other.detach())["codes"])
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_bytes_held_by_a_run_are_those_of_codes_and_scales(kind):
+    """Kills: asking codes for a storage, which they have none of; counting the numbers that they stand for."""
+    loaded, _ = quantised(kind)
+    parts = [part for value in held(loaded).values() for part in value.parts.values()]
+    ordinary = [value for value in loaded.model.parameters() if not isinstance(value, Quantized)]
+    expected = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in (*parts, *ordinary)}
+    assert parts
+    assert storage_bytes(loaded.model.parameters()) == sum(expected.values())
