@@ -65,15 +65,22 @@ def made_with() -> str:
 
 def usable(*tensors: Tensor | None) -> bool:
     """Whether the kernels can take these: dense CPU tensors in float32 or bfloat16 with data, or a plan's stand-ins."""
-    held = [tensor for tensor in tensors if tensor is not None]
-    if any(tensor.device.type != "cpu" or tensor.dtype not in DTYPES for tensor in held) or library() is None:
+    dense = _stand_ins() if imitating() else _DENSE
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in dense or tensor.dtype not in DTYPES or tensor.device.type != "cpu"
+        ):
+            return False
+    if library() is None or torch.compiler.is_compiling():
         return False
-    if imitating():
-        from torch._subclasses.fake_tensor import FakeTensor  # slow to import, and here already
+    return imitating() or torch._C._functorch.peek_interpreter_stack() is None
 
-        return all(isinstance(tensor, FakeTensor) for tensor in held)
-    traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-    return not traced and all(type(tensor) in _DENSE for tensor in held)
+
+@cache
+def _stand_ins() -> tuple[type, ...]:
+    from torch._subclasses.fake_tensor import FakeTensor  # slow to import, and here already
+
+    return (FakeTensor,)
 
 
 _DENSE = (Tensor, torch.nn.Parameter)
@@ -138,9 +145,9 @@ def _nothing(*_: Any) -> int:
     return 0
 
 
-def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    """Where a tensor's data begins; null for none."""
-    return ctypes.c_void_p(None if tensor is None or imitating() else tensor.data_ptr())
+def pointer(tensor: Tensor | None) -> int | None:
+    """Where a tensor's data begins; None, which is null, for none."""
+    return None if tensor is None or imitating() else tensor.data_ptr()
 
 
 def threads() -> int:

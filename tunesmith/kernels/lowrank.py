@@ -155,12 +155,11 @@ def _of_factors(layout: _Layout, dys: Sequence[Tensor], thin: Tensor, narrow: Te
 
 def _ups(layout: _Layout, factors: Sequence[Tensor], x: Tensor) -> list[Tensor]:
     """s B of each map, its changes side by side and zeros for those of other maps: [outputs, all ranks]."""
-    found = [x.new_zeros(outputs, sum(layout.ranks)) for outputs in layout.outputs]
-    start = 0
+    found, start = x.new_zeros(sum(layout.outputs), sum(layout.ranks)).split(layout.outputs), 0
     for (index, rank, scale), b in zip(layout.changes, factors, strict=True):
-        found[index][:, start : start + rank] = b * scale
+        torch.mul(b, scale, out=found[index][:, start : start + rank])
         start += rank
-    return found
+    return list(found)
 
 
 def _joined(biases: Sequence[Tensor | None], outputs: Sequence[int]) -> Tensor | None:
