@@ -39,11 +39,13 @@ from tunesmith.models.policy import Policy
 from tunesmith.objectives.sft import SFT
 from tunesmith.parallel.layout import Layout, LayoutSection, layout_of
 from tunesmith.parallel.world import ALONE, Alone, joined
+from tunesmith.train import spill
 from tunesmith.train.precision import Precision
 from tunesmith.train.section import PrecisionSection, TrainSection
 from tunesmith.train.step import accumulate, fill_missing
 from tunesmith.train.trainer import train
 
+OFFLOADS = (("none", "optimizer"), ("none", "activations"), ("zero2", "activations"))
 SHARDS = ("none", "zero1", "zero2", "zero3")
 METHODS = {
     "full": Full(),
@@ -111,7 +113,7 @@ def trained(world: Alone, shard: str, method: str, folder: Path, **rest: Any) ->
     layout = layout_of(LayoutSection(data=world.size, shard=shard if world.size > 1 else "none"), world)
     tuned = made(method, layout, rest.pop("dtype", torch.float32), rest.pop("recompute", "none"))
     given = {"steps": STEPS, "rows_per_step": 5, "micro_batch_rows": 2, "lr": 1e-3, "save_every": 10}
-    settings = TrainSection(**given, weight_decay=0.1)
+    settings = TrainSection(**given, weight_decay=0.1, offload=rest.pop("offload", "none"))
     precision = PrecisionSection(**rest.pop("precision", {"compute": "fp32"}))
     stream, objective = rest.pop("stream", steps(world)), rest.pop("objective", SFT())
     return train(
@@ -219,11 +221,14 @@ def stopping(world: Alone, at: int) -> Any:
 
 
 def others(world: Alone, folder: Path) -> None:
-    """What may happen in a run: bf16, recomputation, a broken run, a row without a number, a method that is refused."""
+    """What may happen in a run: bf16, recomputation, offload, a broken one, a row without a number, a refused method."""
     low = {"dtype": torch.bfloat16, "precision": {"compute": "bf16"}}
     for shard in SHARDS:
         trained(world, shard, "full", folder / f"bf16-{shard}", **low)
         trained(world, shard, "lora", folder / f"again-{shard}", recompute="full")
+    spill.LEAST_BYTES = 64  # the model is tiny
+    for shard, offload in OFFLOADS:
+        trained(world, shard, "full", folder / f"{offload}-{shard}", offload=offload, **low)
     for shard in ("zero2", "zero3"):
         with suppress(Stopped):
             trained(world, shard, "full", folder / f"broken-{shard}", stream=stopping(world, at=7))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conformance import CASES
 from safetensors.torch import load_file
-from several import METHODS, SHARDS, SIZES, STEPS, examples, gradients, launch, made, trained
+from several import METHODS, OFFLOADS, SHARDS, SIZES, STEPS, examples, gradients, launch, made, trained
 
 from tunesmith.core.switches import SAVINGS, without
 from tunesmith.data.deal import deal
@@ -160,6 +160,14 @@ def test_what_is_computed_again_is_gathered_again(others: Path) -> None:
     for shard in SHARDS[1:]:
         found = last(others / f"again-{shard}")
         assert max((found[name] - value).abs().max().item() for name, value in reference.items()) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shard", "offload"), OFFLOADS)
+def test_what_waits_outside_memory_changes_no_bit(others: Path, shard: str, offload: str) -> None:
+    """Kills: a bucket that is filled from masters before they are where they stay."""
+    reference, found = last(others / f"bf16-{shard}"), last(others / f"{offload}-{shard}")
+    assert all(torch.equal(found[name], value) for name, value in reference.items())
 
 
 @pytest.mark.slow

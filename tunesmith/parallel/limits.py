@@ -28,6 +28,13 @@ def refusals(config: Any) -> Iterator[tuple[str, str, str]]:
     if layout.processes > 1 and config.train.optimizer_state == "int8":
         told = "int8 codes are of blocks of whole tensors, and processes of a layout may hold parts of them"
         yield "train.optimizer_state", told, "take bf16"
+    offload = config.train.offload
+    if offload == "optimizer" and (layout.shard != "none" or _kind(layout)):
+        told = f"keeps whole masters apart, and {_kind(layout) or layout.shard} has parts of them"
+        yield "train.offload", f"optimizer {told}", "leave it out, or use layout.data alone"
+    if offload == "activations" and (layout.shard == "zero3" or _kind(layout)):
+        told = f"activations wait for a backward of their own, and {_kind(layout) or 'zero3'} makes passes itself"
+        yield "train.offload", told, "leave it out, or use layout.data without zero3"
     if config.precision.base != "same" and (layout.shard == "zero3" or _kind(layout)):
         told = f"{config.precision.base} holds codes, and {_kind(layout) or 'zero3'} splits numbers"
         yield "precision.base", told, "set it to same, or use layout.data without zero3"

@@ -77,6 +77,7 @@ class Memory:
         optimizer_bytes: moments.
         activations_bytes: the most that forward and backward hold at once for one micro-batch, gradients aside.
         overhead_bytes: what the process takes before any tensor: interpreter and libraries.
+        offloaded_bytes: what waits outside memory (`train.offload`); in no other part, nor in the total.
         peak_bytes: the most that tensors take at one moment. Less than the total when gradients are not yet there
             while activations are; equal to it where that is not known.
     """
@@ -88,6 +89,7 @@ class Memory:
     activations_bytes: int
     overhead_bytes: int = IMPORTS_BYTES
     peak_bytes: int = 0
+    offloaded_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -107,6 +109,7 @@ class Memory:
             "gradients_bytes": self.gradients_bytes,
             "optimizer_bytes": self.optimizer_bytes,
             "activations_bytes": self.activations_bytes,
+            "offloaded_bytes": self.offloaded_bytes,
             "total_bytes": self.total_bytes,
             "peak_bytes": self.peak_bytes or self.total_bytes,
             "overhead_bytes": self.overhead_bytes,
@@ -152,6 +155,7 @@ def count_memory(
     fp32_gradients: bool = False,
     optimizer: str = "adamw",
     optimizer_state: str = "fp32",
+    offload_optimizer: bool = False,
     activations_bytes: int = 0,
     peak_bytes: int = 0,
     overhead_bytes: int = IMPORTS_BYTES,
@@ -165,6 +169,7 @@ def count_memory(
         optimizer: a key of MOMENTS.
         optimizer_state: in what the moments are kept: fp32, bf16 or int8 (codes, and a scale for each 256; small
             tensors in fp32).
+        offload_optimizer: master weights and moments are kept outside memory.
 
     Raises:
         ConfigError: the optimizer or its state is unknown.
@@ -174,14 +179,17 @@ def count_memory(
     specs = list(specs)
     trained = [spec for spec in specs if spec.trainable]
     least = 4 if master and fp32_gradients else 1
+    master_bytes = sum(4 * spec.count for spec in trained if spec.item_bytes < 4) if master else 0
+    optimizer_bytes = moments * sum(moment_bytes(spec.count, optimizer_state) for spec in trained)
     return Memory(
         weights_bytes=sum(spec.nbytes for spec in specs),
-        master_bytes=sum(4 * spec.count for spec in trained if spec.item_bytes < 4) if master else 0,
+        master_bytes=0 if offload_optimizer else master_bytes,
         gradients_bytes=sum(spec.count * max(least, spec.item_bytes) for spec in trained),
-        optimizer_bytes=moments * sum(moment_bytes(spec.count, optimizer_state) for spec in trained),
+        optimizer_bytes=0 if offload_optimizer else optimizer_bytes,
         activations_bytes=activations_bytes,
         overhead_bytes=overhead_bytes,
         peak_bytes=peak_bytes,
+        offloaded_bytes=master_bytes + optimizer_bytes if offload_optimizer else 0,
     )
 
 

@@ -109,6 +109,7 @@ def make_plan(
     fp32_gradients: bool = True,
     optimizer: str = "adamw",
     optimizer_state: str = "fp32",
+    offload_optimizer: bool = False,
     calibration: Calibration | None = None,
     item_bytes: int | None = None,
     recompute: bool = False,
@@ -123,6 +124,7 @@ def make_plan(
             through the real forward and backward instead of estimated.
         master: trained weights of fewer than 32 bits have a float32 copy.
         fp32_gradients: and their gradients are summed in float32, as the trainer does.
+        offload_optimizer: master weights and moments are kept outside memory.
         calibration: how fast the machine is; None leaves `seconds` out.
         item_bytes: of an activation, for the estimate; None takes the size of the largest weight's numbers.
         recompute: activations of a block are computed again in the backward, for the estimate.
@@ -134,6 +136,7 @@ def make_plan(
         fp32_gradients=fp32_gradients,
         optimizer=optimizer,
         optimizer_state=optimizer_state,
+        offload_optimizer=offload_optimizer,
     )
     if loss is not None:
         from tunesmith.plan.trace import trace
@@ -174,7 +177,7 @@ def _traced(
 
 def _seconds(specs: list[TensorSpec], state: Memory, work: Workload, traced: Traced, calibration: Calibration) -> float:
     trained = sum(spec.nbytes for spec in specs if spec.trainable)
-    update = trained + state.master_bytes + state.gradients_bytes + state.optimizer_bytes
+    update = trained + state.master_bytes + state.gradients_bytes + state.optimizer_bytes + state.offloaded_bytes
     forward_and_backward = step_seconds(traced, calibration) * work.tokens / max(1, traced.tokens)
     return forward_and_backward + 2 * work.steps * update / calibration.bytes_per_second  # read and written
 

@@ -41,6 +41,11 @@ def show_plan(plan: dict[str, Any], width: int = 36) -> RenderableType:
             table.add_row(name, in_bytes(memory[key]), Text(bar(memory[key], largest, width), style=colour))
     table.add_row("total", Text(in_bytes(memory["total_bytes"]), style="bold"), Text(_notes(plan), style="dim"))
     lines = [choice_line(plan["recompute"])] if plan.get("recompute") else []
+    lines += (
+        [f"offloaded: {in_bytes(memory['offloaded_bytes'])} more, outside memory"]
+        if memory.get("offloaded_bytes")
+        else []
+    )
     lines += [_spread(plan["layout"])] if plan.get("layout") else []
     return Group(Text(_headline(plan)), Text(), table, Text(), Text(_work(plan)), *map(Text, lines))
 

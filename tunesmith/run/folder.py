@@ -99,9 +99,9 @@ def check_state(folder: RunFolder, config: Config, resume: bool) -> None:
             where=f"out: {folder.path}",
             hint="--resume goes on with it; another out: begins a new one",
         )
-    # how a run is spread may change: checkpoints do not depend on it
+    # how a run is spread, and what waits outside memory, may change: checkpoints do not depend on it
     found = differences(folder.config, as_dict(config))
-    changed = [told for told in found if not told.startswith("layout.")]
+    changed = [told for told in found if not told.startswith(("layout.", "train.offload:"))]
     if changed:
         raise CheckpointError(
             "the configuration is not the one the run was begun with: " + "; ".join(changed),

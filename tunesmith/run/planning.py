@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.switches import without
@@ -12,7 +13,10 @@ from tunesmith.data.pack import cut, cut_into
 from tunesmith.run.prepare import Prepared
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tunesmith.config import Config
+    from tunesmith.core.types import Batch
     from tunesmith.models.load import Loaded
     from tunesmith.models.recompute import How, Recompute
     from tunesmith.plan.plan import Plan
@@ -25,6 +29,7 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
         calibrated: measure this machine (once, for a second or two) so that the plan can say how long.
         chosen: what an earlier plan of the run chose to recompute, for `train.recompute: auto`; None chooses now.
     """
+    import torch
     from torch import nn
 
     from tunesmith.models.policy import Policy
@@ -36,6 +41,7 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
     from tunesmith.plan.room import room_bytes
     from tunesmith.plan.shape import read_shape
     from tunesmith.plan.spread import Spread
+    from tunesmith.train.offload import Offload
     from tunesmith.train.precision import resolve
 
     config = prepared.config
@@ -65,17 +71,26 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
 
     def made(how: How | Recompute) -> Plan:
         policy.recompute(how)
+        offload = Offload(config.train.offload, policy, torch.device("cpu"), Path(config.out))
+
+        def loss(batch: Batch) -> Tensor:
+            with offload.forward():
+                return config.objective.loss(policy, batch).total
+
         trained = list(adapter.parameters.values())
         found = make_plan(
             model,
             shape,
             Workload(totals.steps, totals.tokens, lengths, share, config.objective.predicts),
             trainable=trained,
-            loss=lambda batch: config.objective.loss(policy, batch).total,
+            loss=loss,
             master=config.precision.master,
             optimizer_state=config.train.optimizer_state,
+            offload_optimizer=config.train.offload == "optimizer",
             calibration=calibration,
         )
+        spilled = found.memory.offloaded_bytes + offload.spilled_bytes
+        found = replace(found, memory=replace(found.memory, offloaded_bytes=spilled))
         return spread.applied(found, tensor_specs(model, trained))
 
     # blocks that listen to hooks run as transformers has them (`models.blocks.fits`)

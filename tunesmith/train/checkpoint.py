@@ -7,18 +7,18 @@ file and of itself, so that one flipped byte anywhere is noticed; then the one b
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
 from tunesmith.core.errors import CheckpointError
 from tunesmith.core.files import (
@@ -31,6 +31,7 @@ from tunesmith.core.files import (
     sync_folder,
 )
 from tunesmith.kernels.build import made_with
+from tunesmith.train.scratch import let_go
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +41,10 @@ log = logging.getLogger(__name__)
 WEIGHTS, MOMENTS, STATE, MANIFEST = "weights.safetensors", "moments.safetensors", "state.json", "manifest.json"
 MEMORY = "memory."  # before the names of what a method remembers, which lies with the moments
 FORMAT = 2
+_DTYPES = {  # in the order in which they lie in a file
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 _NAME = re.compile(r"step-(\d{6,})")
 _LEFTOVER = re.compile(r"\.step-\d{6,}\..*")
 _REPLACED = re.compile(r"\.(step-\d{6,})\.[^.]+\.old")  # what atomic_folder moves out of the way
@@ -110,6 +115,7 @@ class Checkpoint:
                     raise CheckpointError(f"{name} is {told}", where=str(self.path / file))
                 with torch.no_grad():
                     tensor.copy_(found)
+                    let_go(tensor)
 
 
 def _same_names(path: Path, stored: set[str], wanted: set[str]) -> None:
@@ -228,13 +234,28 @@ class Checkpoints:
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    """What `safetensors.torch.save_file` writes, but one tensor after the other, so that none has to be in memory."""
+    ordered = sorted(tensors, key=lambda name: (list(_DTYPES).index(tensors[name].dtype), name))
+    header, end = {}, 0
+    for name in ordered:
+        held, start = tensors[name], end
+        end += held.nbytes
+        header[name] = {"dtype": _DTYPES[held.dtype], "shape": list(held.shape), "data_offsets": [start, end]}
+    told = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    told += b" " * (-len(told) % 8)
     try:
-        save_file(plain, path)
-    except SafetensorError as error:
-        # the library words the system's error; its number says what to do about it
-        number = re.search(r"os error (\d+)", str(error))
-        raise os_error(path, OSError(int(number.group(1)) if number else 0, str(error))) from error
+        with open(path, "wb") as file:
+            file.write(len(told).to_bytes(8, "little") + told)
+            _write_tensors(file, [tensors[name] for name in ordered])
+    except OSError as error:
+        raise os_error(path, error) from error
+
+
+def _write_tensors(file: BinaryIO, tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        flat = tensor.detach().contiguous().cpu().view(-1)
+        file.write(flat.view(torch.uint8).numpy().data)
+        let_go(tensor)
 
 
 def _manifest(folder: Path, elapsed_seconds: float) -> str:

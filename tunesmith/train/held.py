@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.kernels.quantized import Quantized
+from tunesmith.train.apart import ApartAdamW
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,13 +16,17 @@ if TYPE_CHECKING:
 
 
 def held_bytes(policy: Any, precision: Precision, pieces: Mapping[str, Tensor], optimizer: Optimizer) -> dict[str, int]:
-    """Weights, master weights and moments of one process."""
+    """Weights, master weights and moments of one process, and what of the last two it keeps apart."""
     model = getattr(policy, "model", None)
     weights = [*precision.parameters.values(), *(model.parameters() if model is not None else ())]
+    masters = storage_bytes([*precision.masters.values(), *pieces.values()], apart_from=weights)
+    moments = storage_bytes(optimizer.state().values())
+    apart = isinstance(optimizer, ApartAdamW)
     return {
         "weights_bytes": storage_bytes(weights),
-        "master_bytes": storage_bytes([*precision.masters.values(), *pieces.values()], apart_from=weights),
-        "optimizer_bytes": storage_bytes(optimizer.state().values()),
+        "master_bytes": 0 if apart else masters,
+        "optimizer_bytes": 0 if apart else moments,
+        "offloaded_bytes": masters + moments if apart else 0,
     }
 
 

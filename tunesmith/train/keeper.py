@@ -12,7 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tunesmith.core.errors import CheckpointError, ConfigError
+from tunesmith.kernels.build import made_with
 from tunesmith.train.checkpoint import MEMORY, MOMENTS, WEIGHTS, Checkpoint, Checkpoints, State
 from tunesmith.train.optim import FIRST, SCALES, SECOND
 
@@ -112,6 +115,16 @@ class Keeper:
     def _read(self, file: str, into: Mapping[str, Tensor]) -> None:
         assert self._found is not None
         self._found.read(file, into)
+
+
+def warn_of_changes(known: Mapping[str, Any]) -> None:
+    """Says what last bits depend on and has changed since a checkpoint that `Keeper.newest` tells of was made."""
+    if known["torch_version"] != torch.__version__:
+        told = (known["torch_version"], torch.__version__)
+        log.warning("the checkpoint is by torch %s, this is %s: results may differ in the last bits", *told)
+    with_what = (known["kernels"], made_with())
+    if known["kernels"] and len(set(with_what)) > 1:
+        log.warning("the checkpoint was made with %s, this is %s: results may differ in the last bits", *with_what)
 
 
 def _named(held: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 The arithmetic is torch's fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2), in the dtype of
 the masters. What is trained is decided by the caller: exactly the tensors given here. Moments of fewer bits are in
-`compact.py`.
+`compact.py`, moments outside memory in `apart.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tunesmith.core.errors import AdapterError
 
 if TYPE_CHECKING:
+    from tunesmith.train.apart import Room
     from tunesmith.train.section import TrainSection
 
 BETAS = (0.9, 0.999)
@@ -123,9 +124,18 @@ def optimizer_for(
     settings: TrainSection,
     factors: Mapping[str, float],
     matrices: Collection[str] | None = None,
+    room: Room | None = None,
 ) -> Optimizer:
-    """The optimizer that a `train:` section asks for; what it is made of as `AdamW` says."""
+    """The optimizer that a `train:` section asks for; what it is made of as `AdamW` says.
+
+    Args:
+        room: where moments are kept apart (`apart.room_for`); None keeps them beside the masters.
+    """
     more = {"weight_decay": settings.weight_decay, "lr_factors": factors, "matrices": matrices}
+    if room is not None:
+        from tunesmith.train.apart import ApartAdamW
+
+        return ApartAdamW(masters, room, **more)  # type: ignore[arg-type]
     if settings.optimizer_state == "fp32":
         return AdamW(masters, **more)  # type: ignore[arg-type]
     from tunesmith.train.compact import CompactAdamW

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from tunesmith.train.probe import is_bf16_faster
 from tunesmith.train.scaling import LossScale
+from tunesmith.train.scratch import let_go
 
 if TYPE_CHECKING:
+    from tunesmith.train.apart import Room
     from tunesmith.train.section import PrecisionSection
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class Precision:
     Args:
         stored: the numbers that a parameter was rounded from, float32, where they are known. A master that starts from
             the rounded ones lies on their grid, and small updates move no weight until they have added up.
+        room: where copies are kept apart (`apart.room_for`); None keeps them beside the parameters.
 
     Attributes:
         parameters: what the model computes with, by name.
@@ -54,6 +57,7 @@ class Precision:
         parameters: Mapping[str, nn.Parameter],
         section: PrecisionSection,
         stored: Stored = lambda name, held: None,
+        room: Room | None = None,
     ) -> None:
         self.parameters = dict(parameters)
         self.scaling = LossScale() if section.compute == "fp16" else None
@@ -67,12 +71,18 @@ class Precision:
                 len(low),
                 str(self.parameters[low[0]].dtype).removeprefix("torch."),
             )
+        own = low if section.master else []
+        rooms = room({name: self.parameters[name].shape for name in own}) if room and own else {}
         for name, parameter in self.parameters.items():
-            own = section.master and name in low
-            self.masters[name] = self._master(parameter, stored(name, parameter)) if own else parameter
+            start = stored(name, parameter) if name in own else None
+            self.masters[name] = self._master(parameter, start, rooms.get(name)) if name in own else parameter
 
-    def _master(self, parameter: nn.Parameter, start: Tensor | None) -> nn.Parameter:
-        master = nn.Parameter(parameter.detach().float() if start is None else start, requires_grad=True)
+    def _master(self, parameter: nn.Parameter, start: Tensor | None, room: Tensor | None) -> nn.Parameter:
+        value = parameter.detach().float() if start is None else start
+        if room is not None:
+            value = room.copy_(value)
+            let_go(value)
+        master = nn.Parameter(value, requires_grad=True)
         self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(_hand_over, master)))
         return master
 
@@ -87,6 +97,7 @@ class Precision:
                 parameter = self.parameters[name]
                 if parameter is not master:
                     parameter.copy_(master)
+                    let_go(master)
 
     def clear(self) -> None:
         """Frees all gradients."""
@@ -104,7 +115,7 @@ def _hand_over(master: nn.Parameter, parameter: nn.Parameter) -> None:
     if parameter.grad is None:
         return
     if master.grad is None:
-        master.grad = parameter.grad.float()
+        master.grad = parameter.grad.to(master.device, torch.float32)
     else:
-        master.grad.add_(parameter.grad)  # promotes: the sum is fp32
+        master.grad.add_(parameter.grad.to(master.device))  # promotes: the sum is fp32
     parameter.grad = None

@@ -52,6 +52,8 @@ class TrainSection(Section):
         tokens: the run ends, saved, after so many tokens.
         recompute: what is made again in the backward pass instead of kept: of every block (`full`), of the MLP of
             every block (`selective`), or as little as lets the run fit into the memory that is free (`auto`).
+        offload: what waits outside the memory that the model computes in, with the same result: `optimizer` (master
+            weights and moments) or `activations`. On a CPU that is on the disk, beside the run.
         cache_trunk: bytes on disk for what frozen lower blocks make of the rows, so that they run once; 0 is off.
         stop: early stop on a metric; the best checkpoint's weights are the result.
     """
@@ -75,6 +77,7 @@ class TrainSection(Section):
     minutes: float | None = Field(default=None, gt=0)
     tokens: int | None = Field(default=None, ge=1)
     recompute: Literal["none", "selective", "full", "auto"] = "none"
+    offload: Literal["none", "optimizer", "activations"] = "none"
     cache_trunk: int = Field(default=0, ge=0)
     stop: StopSection | None = None
 
@@ -112,6 +115,15 @@ class TrainSection(Section):
             )
         self._micro_fits("micro_batch_tokens", self.micro_batch_tokens, "tokens_per_step", self.tokens_per_step)
         self._micro_fits("micro_batch_rows", self.micro_batch_rows, "rows_per_step", self.rows_per_step)
+        return self
+
+    @model_validator(mode="after")
+    def _offloaded_in_fp32(self) -> Self:
+        if self.offload == "optimizer" and self.optimizer_state != "fp32":
+            raise ValueError(
+                f"offload: optimizer keeps moments in fp32, and optimizer_state is {self.optimizer_state}; "
+                "leave out one of them"
+            )
         return self
 
     @staticmethod

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -35,6 +36,7 @@ def accumulate(
     layout: Layout,
     reseed: Callable[[int], object] = lambda micro: None,
     spare: Batch | None = None,
+    forward: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> float:
     """Adds the gradient of a step to the masters and answers its loss, the mean over the units of all batches.
 
@@ -43,6 +45,7 @@ def accumulate(
 
     Args:
         spare: what is computed, and weighs nothing, where all processes must compute at once and this one has done.
+        forward: what each forward pass runs in; its backward follows it.
 
     Raises DataError when the step has no units, DivergedError when its loss is not finite.
     """
@@ -56,7 +59,7 @@ def accumulate(
         )
     taught = [(micro, batch) for micro, batch in enumerate(batches) if weights[micro]]
     if layout.passes is None:
-        totals = _one_by_one(objective, policy, taught, weight, precision, layout, reseed, spare)
+        totals = _one_by_one(objective, policy, taught, weight, precision, layout, reseed, spare, forward)
     else:
         totals = layout.passes(objective, [batch for _, batch in taught], weight, reseed)
     # read once a step: an accelerator need not wait for each micro-batch
@@ -77,6 +80,7 @@ def _one_by_one(
     layout: Layout,
     reseed: Callable[[int], object],
     spare: Batch | None,
+    forward: Callable[[], AbstractContextManager[None]],
 ) -> list[Tensor]:
     """The passes of a step, one micro-batch after the other, and their totals."""
     totals: list[Tensor] = []
@@ -84,7 +88,8 @@ def _one_by_one(
         if turn < len(taught):
             micro, batch = taught[turn]
             reseed(micro)
-            total = objective.loss(policy, batch).total
+            with forward():
+                total = objective.loss(policy, batch).total
             precision.backward(total / weight)
             totals.append(total.detach())
         elif layout.in_step and spare is not None:

@@ -22,13 +22,13 @@ from tunesmith.core.errors import ConfigError, DataError, DivergedError
 from tunesmith.core.rng import seed_for
 from tunesmith.data.batch import to_batch
 from tunesmith.data.pack import Cursor
-from tunesmith.kernels.build import made_with
 from tunesmith.parallel.layout import Layout, Single
 from tunesmith.train.checkpoint import State
 from tunesmith.train.examine import Examiner
 from tunesmith.train.held import held_bytes, storage_bytes
-from tunesmith.train.keeper import Keeper
+from tunesmith.train.keeper import Keeper, warn_of_changes
 from tunesmith.train.log import MetricsLog, peak_bytes
+from tunesmith.train.offload import Offload
 from tunesmith.train.optim import optimizer_for
 from tunesmith.train.phases import span_of, train_only
 from tunesmith.train.precision import Precision
@@ -87,6 +87,7 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(closing(run.precision))
         stack.enter_context(closing(run.layout))
+        stack.enter_context(closing(run.offload))
         # the caller's random state is his own
         stack.enter_context(torch.random.fork_rng(devices=run.cuda_devices))
         run.begin(resume)
@@ -120,7 +121,10 @@ class _Run:
         self.policy, self.objective, self.settings, self.layout = tuned.policy, objective, settings, layout
         self.world, self.is_first = layout.world, layout.world.is_first
         self.total_steps = total_steps
-        self.precision = Precision(tuned.parameters, precision, getattr(tuned, "stored", lambda name, held: None))
+        self.device = next(iter(tuned.parameters.values())).device
+        self.offload = Offload(settings.offload, tuned.policy, self.device, folder)
+        stored = getattr(tuned, "stored", lambda name, held: None)
+        self.precision = Precision(tuned.parameters, precision, stored, self.offload.room)
         self.pieces = layout.hold(self.precision)
         self.matrices = {name for name, value in tuned.parameters.items() if value.ndim >= 2}
         self.phases = tuple(getattr(tuned, "phases", ()))
@@ -131,7 +135,6 @@ class _Run:
         self._enter(1)
         self.keeper = Keeper(folder, settings.keep, layout, getattr(tuned, "memory", {}))
         self.state = State()
-        self.device = next(iter(tuned.parameters.values())).device
         self.cuda_devices = [self.device] if self.device.type == "cuda" else []
         self.resumed_step = self.weights_step = 0
         self.earlier_seconds, self.start = 0.0, time.monotonic()
@@ -148,7 +151,7 @@ class _Run:
         train_only(self.precision.parameters, span.names)
         self.on_phase(span.number)
         pieces = {name: self.pieces[name] for name in span.names}
-        self.optimizer = optimizer_for(pieces, self.settings, self.lr_factors, self.matrices)
+        self.optimizer = optimizer_for(pieces, self.settings, self.lr_factors, self.matrices, self.offload.room)
         return True
 
     def begin(self, resume: bool) -> None:
@@ -174,12 +177,7 @@ class _Run:
         self.layout.publish(self.precision, self.pieces)
         self.resumed_step = self.keeper.saved_step = self.weights_step = self.state.step
         self.earlier_seconds = known["elapsed_seconds"]
-        if known["torch_version"] != torch.__version__:
-            told = (known["torch_version"], torch.__version__)
-            log.warning("the checkpoint is by torch %s, this is %s: results may differ in the last bits", *told)
-        with_what = (known["kernels"], made_with())
-        if known["kernels"] and len(set(with_what)) > 1:
-            log.warning("the checkpoint was made with %s, this is %s: results may differ in the last bits", *with_what)
+        warn_of_changes(known)
         if known["threads"] != torch.get_num_threads():
             log.warning("using %d threads, as the run did before", known["threads"])
             torch.set_num_threads(known["threads"])
@@ -223,8 +221,9 @@ class _Run:
         self.policy.train(True)
         try:
             loss = accumulate(
-                self.objective, self.policy, batches, self.precision, self.layout, self._reseed(number), spare
-            )
+                self.objective, self.policy, batches, self.precision, self.layout, self._reseed(number), spare,
+                forward=self.offload.forward,
+            )  # fmt: skip
             self._penalise()
             first = number == self.resumed_step + 1
             if first:
@@ -243,6 +242,7 @@ class _Run:
             self.layout.clear()
         if first:
             held = held_bytes(self.policy, self.precision, self.pieces, self.optimizer)
+            held["offloaded_bytes"] += self.offload.spilled_bytes
             self.held_bytes = {**held, "gradients_bytes": gradients_bytes}
         counts = [(b.ids.numel(), len(b.rows), b.targets.numel(), 1) for b in batches]
         sums = self.layout.data.sums([float(sum(count)) for count in zip((0, 0, 0, 0), *counts, strict=True)])

@@ -12,7 +12,14 @@ if TYPE_CHECKING:
 
 
 class TrainablePolicy(Protocol):
-    """A policy whose dropout can be switched."""
+    """A policy whose dropout can be switched.
+
+    Attributes:
+        model: what it computes with.
+    """
+
+    @property
+    def model(self) -> nn.Module: ...
 
     def token_losses(self, batch: Batch) -> Tensor: ...
 
