@@ -36,13 +36,15 @@ class Pipeline(Parts):
 
     def adopt(self, tuned: Any) -> Any:
         """The same with the blocks of this process alone. Raises ConfigError where one would have nothing to train."""
+        tuned = super().adopt(tuned)
         policy = tuned.policy
         stages = _stages_of(policy, spans(len(block_paths(policy.model, policy.family)), self.section.stages))
-        mine = {stage for stage in range(self.section.stages) if stage % self.parts.size == self.parts.rank}
+        mine = {stage for stage in range(self.section.stages) if stage % self.pipe.size == self.pipe.rank}
         trained = {name: stages[id(parameter)] for name, parameter in tuned.parameters.items()}
         self._check(trained)
         lowest = min(min(held) for held in trained.values())
         self._tied = {name for name, held in trained.items() if len(held) > 1}
+        self.inner.apart = self._tied
         self._join_ends()
         tuned.parameters = {name: held for name, held in tuned.parameters.items() if trained[name] & mine}
         if 0 not in mine:
@@ -50,15 +52,16 @@ class Pipeline(Parts):
         for parameter in policy.model.parameters():
             if not stages[id(parameter)] & mine:
                 parameter.data = parameter.data.new_empty(0)
-        self.engine = Engine(policy, self.section, self.parts, self.mesh.get_group("parts"), lowest)
+        self.engine = Engine(policy, self.section, self.pipe, self.mesh.get_group("pipe"), lowest)
         self.passes = self.engine.step
         tuned.policy = _StagedPolicy(policy, self.engine)
         return tuned
 
     def reduce(self, names: Collection[str]) -> set[str]:
+        unreached = super().reduce(names)
         if self._ends is not None:
             self._add_up(self._tied & set(names), self._ends)
-        return super().reduce(names)
+        return unreached
 
     def facts(self) -> dict[str, Any]:
         return super().facts() | self.engine.facts()
@@ -67,16 +70,15 @@ class Pipeline(Parts):
         """The processes of the first and the last stage as a world; every process takes part in making them all."""
         if not self._tied:
             return
-        size = self.parts.size
-        for replica in range(self.world.size // size):
-            first, last = replica * size, replica * size + size - 1
-            group = dist.new_group([first, last])
-            if self.world.rank in (first, last):
-                self._ends = self.world.within(group)
+        for replica in self.mesh.mesh.tolist():
+            for first, last in zip(replica[0], replica[-1], strict=True):
+                group = dist.new_group([first, last])
+                if self.world.rank in (first, last):
+                    self._ends = self.world.within(group)
 
     def _check(self, trained: dict[str, set[int]]) -> None:
-        for rank in range(self.parts.size):
-            if not any(stage % self.parts.size == rank for held in trained.values() for stage in held):
+        for rank in range(self.pipe.size):
+            if not any(stage % self.pipe.size == rank for held in trained.values() for stage in held):
                 told = f"process {rank} of the pipeline would have nothing to train"
                 raise ConfigError(told, where="layout.pipeline", hint="fewer processes, or targets in all blocks")
 

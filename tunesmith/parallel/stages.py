@@ -20,6 +20,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.switches import without
 from tunesmith.core.types import Batch
+from tunesmith.models.cross_entropy import wide
 from tunesmith.models.trunk import Cut
 from tunesmith.parallel.layout import LayoutSection
 from tunesmith.parallel.traffic import Traffic
@@ -97,7 +98,7 @@ class Engine:
         return list(found.unbind())
 
     def token_losses(self, batch: Batch) -> Tensor:
-        """Losses of the targets of a batch, float32 [supervised], in every process of the pipeline; no gradients."""
+        """As `Policy.token_losses`, in every process of the pipeline; no gradients."""
         self.batches, self.reseed = [batch], lambda micro: None
         self.answer = lambda policy, batch: policy.token_losses(batch)
         busy_seconds = self.busy_seconds
@@ -105,7 +106,8 @@ class Engine:
             found = self._run(self._schedule(1, None), is_taught=False)
         self.batches, self.busy_seconds = (), busy_seconds  # the share is that of steps
         if not self.has_last:
-            found = torch.zeros(batch.targets.numel(), dtype=torch.float32, device=batch.ids.device)
+            dtype = wide(self.policy.model.dtype)
+            found = torch.zeros(batch.targets.numel(), dtype=dtype, device=batch.ids.device)
         self.parts.traffic.broadcast(found, self.parts.size - 1)
         return found
 

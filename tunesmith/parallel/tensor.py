@@ -93,7 +93,7 @@ class TensorParallel(Parts):
         """This process's part of a tensor; the tensor where it is not cut, or None."""
         if whole is None or axis is None:
             return whole
-        return whole.chunk(self.parts.size, axis)[self.parts.rank].clone()
+        return whole.chunk(self.split.size, axis)[self.split.rank].clone()
 
     def _hear_block(self, block: nn.Module, family: Family) -> None:
         """Puts the sums where a block needs them."""
@@ -107,12 +107,12 @@ class TensorParallel(Parts):
     def _into(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The states that a sublayer reads, whose gradients are added up."""
         if args:
-            return (_Into.apply(args[0], self.parts), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": _Into.apply(kwargs["hidden_states"], self.parts)}
+            return (_Into.apply(args[0], self.split), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": _Into.apply(kwargs["hidden_states"], self.split)}
 
     def _out_of(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
         """What the parts of a map cut by rows make, added up."""
-        return _OutOf.apply(output, self.parts)
+        return _OutOf.apply(output, self.split)
 
 
 class _Into(torch.autograd.Function):
