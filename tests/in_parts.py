@@ -65,11 +65,13 @@ CASES = {
         "data-2-pipeline-2-zero1": Case(LayoutSection(data=2, pipeline=2, shard="zero1")),
         "data-2-tensor-2": Case(LayoutSection(data=2, tensor=2), exact=True),
         "tensor-2-pipeline-2": Case(LayoutSection(tensor=2, pipeline=2), exact=True),
+        "data-2-pipeline-2-zero2": Case(LayoutSection(data=2, pipeline=2, shard="zero2")),
         "data-2-tensor-2-zero1": Case(LayoutSection(data=2, tensor=2, shard="zero1"), exact=True),
+        "data-2-tensor-2-zero2": Case(LayoutSection(data=2, tensor=2, shard="zero2"), exact=True),
     },
 }
 # whose training is followed, too
-TRAINED = ("interleaved", "tensor-2", "data-2-pipeline-2-zero1", "data-2-tensor-2", "tensor-2-pipeline-2")
+TRAINED = ("interleaved", "tensor-2", "data-2-pipeline-2-zero2", "data-2-tensor-2-zero2", "tensor-2-pipeline-2")
 STEPS = 4
 
 

@@ -71,8 +71,10 @@ class LayoutSection(Section):
                 raise ValueError(
                     f"{name}: {value} has no effect without a pipeline; set pipeline to how many there are"
                 )
-        if self.shard in ("zero2", "zero3") and self.tensor * self.pipeline > 1:
-            raise ValueError(f"shard: {self.shard} is not there with tensor or pipeline yet; zero1 and none are")
+        if self.shard == "zero3" and self.parts > 1:
+            raise ValueError("shard: zero3 is not there with tensor or pipeline; zero2, zero1 and none are")
+        if self.shard == "zero2" and self.schedule == "interleaved":
+            raise ValueError("schedule: interleaved would reduce what zero2 splits twice a micro-batch; take 1f1b")
         return self
 
 

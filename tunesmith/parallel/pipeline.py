@@ -8,13 +8,14 @@ al. 2019, arXiv 1806.03377; interleaved: Narayanan et al. 2021, arXiv 2104.04473
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from tunesmith.core.errors import ConfigError
+from tunesmith.core.types import Batch
 from tunesmith.models.ports import Port
 from tunesmith.models.targets import block_paths
 from tunesmith.models.trunk import current_cut
@@ -52,8 +53,8 @@ class Pipeline(Parts):
         for parameter in policy.model.parameters():
             if not stages[id(parameter)] & mine:
                 parameter.data = parameter.data.new_empty(0)
-        self.engine = Engine(policy, self.section, self.pipe, self.mesh.get_group("pipe"), lowest)
-        self.passes = self.engine.step
+        self.engine = Engine(policy, self.section, self.pipe, self.mesh.get_group("pipe"), lowest, self.passed)
+        self.passes = self._passes
         tuned.policy = _StagedPolicy(policy, self.engine)
         return tuned
 
@@ -65,6 +66,17 @@ class Pipeline(Parts):
 
     def facts(self) -> dict[str, Any]:
         return super().facts() | self.engine.facts()
+
+    def _passes(
+        self, objective: Any, batches: Sequence[Batch], weight: float, reseed: Callable[[int], object]
+    ) -> list[Tensor]:
+        """All passes of a step: `layout.Passes`."""
+        most = int(self.data.most(len(batches)))
+        totals = self.engine.step(objective, batches, weight, reseed)
+        # others with this part may have more micro-batches, and wait for it after each
+        for _ in range(most - len(batches)):
+            self.passed()
+        return totals
 
     def _join_ends(self) -> None:
         """The processes of the first and the last stage as a world; every process takes part in making them all."""

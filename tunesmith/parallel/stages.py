@@ -54,11 +54,20 @@ class Engine:
         parts: the processes of the pipeline.
         group: torch's name for them.
         lowest: the lowest stage with something to train: what comes from below it needs no gradient.
+        passed: is called after each backward pass.
     """
 
-    def __init__(self, policy: Any, section: LayoutSection, parts: World, group: Any, lowest: int) -> None:
-        blocks = int(policy.config.num_hidden_layers)
-        held = spans(blocks, section.stages)
+    def __init__(
+        self,
+        policy: Any,
+        section: LayoutSection,
+        parts: World,
+        group: Any,
+        lowest: int,
+        passed: Callable[[], None],
+    ) -> None:
+        held = spans(int(policy.config.num_hidden_layers), section.stages)
+        self.passed = passed
         self.policy, self.section, self.parts, self.group, self.lowest = policy, section, parts, group, lowest
         self.numbers = [number for number in range(len(held)) if number % parts.size == parts.rank]
         self.has_last = len(held) - 1 in self.numbers
@@ -72,7 +81,7 @@ class Engine:
     def step(
         self, objective: Any, batches: Sequence[Batch], weight: float, reseed: Callable[[int], object]
     ) -> list[Tensor]:
-        """All passes of a step: `layout.Passes`."""
+        """All passes of a step: `layout.Passes`, of a pipeline without replicas."""
         count = len(batches)
         if not count:
             return []
@@ -198,6 +207,7 @@ class _Stage(PipelineStage):
         began = time.perf_counter()
         found = super().backward_one_chunk(*args, **kwargs)
         self.engine.busy_seconds += time.perf_counter() - began
+        self.engine.passed()
         return found
 
 
