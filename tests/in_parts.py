@@ -9,16 +9,21 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from conformance import CASES as TABLE
+from conformance import IN_PLACE, built
 from safetensors.torch import save_file
-from several import METHODS, steps
+from several import METHODS, distance, steps
 from tiny_models import tiny_loaded, with_exact_norms
 
+from tunesmith.config import build_config
+from tunesmith.core.errors import ConfigError
 from tunesmith.data.batch import to_batch
 from tunesmith.data.pack import Cursor
 from tunesmith.evaluate.losses import row_losses
@@ -73,6 +78,9 @@ CASES = {
 # whose training is followed, too
 TRAINED = ("interleaved", "tensor-2", "data-2-pipeline-2-zero2", "data-2-tensor-2-zero2", "tensor-2-pipeline-2")
 STEPS = 4
+# the table of methods, in both ways to cut a model
+CUTS = {"tensor": Case(LayoutSection(tensor=2), exact=True), "pipeline": Case(LayoutSection(pipeline=2))}
+TABLE |= {"top_layers 3": ("top_layers", {"layers": 3})}
 
 
 def made(method: str, layout: Layout, case: Case) -> Any:
@@ -81,8 +89,8 @@ def made(method: str, layout: Layout, case: Case) -> Any:
     loaded = tiny_loaded(case.family, dtype=dtype, num_hidden_layers=4, tie_word_embeddings=True)
     if case.exact:
         with_exact_norms(loaded)
-    adapter = METHODS[method].attach(loaded, seed=1)
-    if method != "full":
+    adapter = (METHODS[method] if method in METHODS else built(method)).attach(loaded, seed=1)
+    if method not in IN_PLACE:
         with torch.no_grad():  # a B of zeros leaves A without a gradient
             for number, parameter in enumerate(adapter.parameters.values()):
                 draw = torch.Generator().manual_seed(number)
@@ -91,14 +99,14 @@ def made(method: str, layout: Layout, case: Case) -> Any:
     return layout.adopt(SimpleNamespace(parameters=adapter.parameters, policy=policy))
 
 
-def gradients(world: Alone, case: Case, method: str) -> dict[str, torch.Tensor]:
+def gradients(world: Alone, case: Case, method: str, count: int | None = None) -> dict[str, torch.Tensor]:
     """The gradient of the first steps, each by itself, and losses of rows, whole on the first process."""
     layout = layout_of(case.section, world)
     tuned = made(method, layout, case)
     precision = Precision(tuned.parameters, PrecisionSection(compute="fp32"))
     pieces = layout.hold(precision)
     found = {}
-    for number, step in enumerate(steps(layout.data, epochs=1)(Cursor())):
+    for number, step in enumerate(islice(steps(layout.data, epochs=1)(Cursor()), count)):
         batches = [to_batch(rows) for rows in step.micro_batches]
         loss = accumulate(SFT(), tuned.policy, batches, precision, layout)
         layout.reduce(sorted(pieces))
@@ -140,6 +148,30 @@ def followed(world: Alone, case: Case, method: str, folder: Path) -> dict[str, t
     return {name: value.float() for name, value in whole.items()}
 
 
+def table(world: Alone, folder: Path) -> None:
+    """How far each method's first gradient and losses are from those of one process, in both cuts, or why not."""
+    found: dict[str, Any] = {}
+    for name in TABLE:
+        for cut, case in CUTS.items():
+            try:
+                refused(name, case.section)
+                told = gradients(world, case, name, count=1)
+            except ConfigError as error:
+                found[f"{name}, {cut}"] = str(error)
+                continue
+            wanted = gradients(ALONE, replace(case, section=LayoutSection()), name, count=1)
+            found[f"{name}, {cut}"] = distance(told, wanted, world)
+    if world.is_first:
+        (folder / "table.json").write_text(json.dumps(found))
+
+
+def refused(name: str, section: LayoutSection) -> None:
+    """Raises ConfigError as a run would, before anything is loaded."""
+    kind, settings = TABLE[name]
+    rest = {"model": "m", "data": {"train": "x"}, "train": {"steps": 1}, "out": "o"}
+    build_config({**rest, "method": {"kind": kind, **settings}, "layout": section.model_dump()})
+
+
 def main() -> None:
     folder, size = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
@@ -154,6 +186,8 @@ def main() -> None:
                 found = followed(world, case, method, folder / f"{name}-{method}")
                 if world.is_first:
                     save_file(found, folder / f"weights-{name}-{method}.safetensors")
+        if size == 2:
+            table(world, folder)
 
 
 if __name__ == "__main__":
