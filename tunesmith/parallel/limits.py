@@ -69,9 +69,8 @@ def _of_parts(config: Any, kinds: tuple[str, ...]) -> Iterator[tuple[str, str, s
 
 def _of_tensor(config: Any) -> Iterator[tuple[str, str, str]]:
     method = config.method
-    for key, plain in (("dora", False), ("init", "default"), ("also_train", ())):
-        if method.kind == "lora" and getattr(method, key) != plain:
-            yield f"method.{key}", "is not there with tensor", f"leave it out, {_ALONE}"
+    if method.kind == "lora" and method.dora:
+        yield "method.dora", "the lengths of rows that processes split are not there", f"leave it out, {_ALONE}"
     if method.kind == "adapter" and method.style == "parallel":
         yield "method.style", "parallel reads what every process has, within what they split", "take another style"
     if method.kind == "lora" and method.dropout:

@@ -86,21 +86,20 @@ class Parts(Single):
         self.inner.close()
 
     def whole(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        mine = self.inner.whole(pieces)
-        if not self.data.is_first or not pieces:  # before the first step there are no moments, anywhere
+        mine, dtypes = self.inner.whole(pieces), self._dtypes(pieces)
+        if not self.data.is_first:
             return {}
         if not self.parts.is_first:
             for name in sorted(mine):
                 if self._owner(name) in (None, self.parts.rank):
                     self.parts.traffic.send(mine[name].detach().contiguous(), 0)
             return {}
-        dtype = next(iter(pieces.values())).dtype
         held: dict[str, list[Tensor]] = {}
         for rank, table in enumerate(self._tables):
-            for name in sorted(table):
+            for name in sorted(dtypes[rank]):
                 if self._owner(name) not in (None, rank):
                     continue
-                part = mine[name].detach() if not rank else torch.empty(table[name], dtype=dtype)
+                part = mine[name].detach() if not rank else torch.empty(table[name], dtype=dtypes[rank][name])
                 if rank:
                     self.parts.traffic.receive(part, rank)
                 held.setdefault(name, []).append(part)
@@ -110,10 +109,10 @@ class Parts(Single):
         }
 
     def room(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        dtypes = {name: dtype for told in self._dtypes(pieces) for name, dtype in told.items()}
         if not self.world.is_first:
             return {}
-        dtype = next(iter(pieces.values())).dtype
-        return {name: torch.empty(shape, dtype=dtype) for name, shape in self._shapes().items()}
+        return {name: torch.empty(self._shape(name), dtype=dtype) for name, dtype in sorted(dtypes.items())}
 
     def deal(self, whole: Mapping[str, Tensor], pieces: Mapping[str, Tensor]) -> None:
         mine = self.inner.room(pieces)
@@ -131,7 +130,7 @@ class Parts(Single):
                     mine[name].copy_(part)
                 return
             for rank in reversed(range(self.parts.size)):
-                for name in sorted(self._tables[rank]):
+                for name in sorted(self._tables[rank].keys() & whole.keys()):
                     part = self._cut(name, whole[name], rank)
                     if rank:
                         self.parts.traffic.send(part.contiguous(), rank)
@@ -148,15 +147,15 @@ class Parts(Single):
             return None
         return next(rank for rank, table in enumerate(self._tables) if name in table)
 
-    def _shapes(self) -> dict[str, list[int]]:
-        """The shapes of all whole tensors of the model that train."""
-        found = {}
-        for table in self._tables:
-            for name, shape in table.items():
-                axis = self.axes.get(name)
-                sizes = [size * self.split.size if at == axis else size for at, size in enumerate(shape)]
-                found[name] = sizes
-        return dict(sorted(found.items()))
+    def _shape(self, name: str) -> list[int]:
+        """Of the whole tensor."""
+        part = next(table[name] for table in self._tables if name in table)
+        return [size * self.split.size if at == self.axes.get(name) else size for at, size in enumerate(part)]
+
+    def _dtypes(self, pieces: Mapping[str, Tensor]) -> list[dict[str, torch.dtype]]:
+        """Of the pieces of each part, by name; none where there are none yet, as of moments before the first step."""
+        told = self.parts.told({name: str(piece.dtype).removeprefix("torch.") for name, piece in pieces.items()})
+        return [{name: getattr(torch, dtype) for name, dtype in held.items()} for held in told]
 
     def _add_up(self, names: Collection[str], among: World) -> None:
         """Makes the sum over some processes, whose pieces are of the same numbers, the gradient of each of them."""

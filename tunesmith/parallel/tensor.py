@@ -98,7 +98,7 @@ class TensorParallel(Parts):
             elif name in ON_PARTS:
                 shared.add(id(held))
 
-    def _shrink(self, parameter: nn.Parameter, axis: int, axes: dict[int, int]) -> None:
+    def _shrink(self, parameter: Tensor, axis: int, axes: dict[int, int]) -> None:
         parameter.data = self._mine(parameter.data, axis)
         axes[id(parameter)] = axis
 
@@ -128,11 +128,12 @@ class TensorParallel(Parts):
         return _OutOf.apply(output, self.split)
 
 
-def _inserted(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """What inserts have at a map, by name; of several adapters."""
+def _inserted(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """What inserts of all adapters have at a map, by name; what a factor A began as, A0, is cut as it is."""
     adapters = module.inserts.children() if isinstance(module, Port) else ()
     inserts = [insert for adapter in adapters for insert in adapter.children()]
-    return [found for insert in inserts for found in insert.named_parameters(recurse=False)]
+    held = [found for insert in inserts for found in (*insert.named_parameters(), *insert.named_buffers())]
+    return [(name.removesuffix("0"), tensor) for name, tensor in held]
 
 
 def _summing(module: nn.Module) -> nn.Module:
