@@ -20,16 +20,20 @@ import torch
 from conformance import CASES as TABLE
 from conformance import IN_PLACE, built
 from safetensors.torch import save_file
-from several import METHODS, steps
+from several import METHODS, examples, steps
 from tiny_models import tiny_loaded, with_exact_norms
 
 from tunesmith.config import build_config
 from tunesmith.core.errors import ConfigError
+from tunesmith.core.problem import Problem
 from tunesmith.data.batch import to_batch
+from tunesmith.data.encode import Example
 from tunesmith.data.pack import Cursor
 from tunesmith.evaluate.losses import row_losses
+from tunesmith.evaluate.predictions import predict
 from tunesmith.models.policy import Policy
 from tunesmith.models.recompute import How
+from tunesmith.objectives.predict import Predict
 from tunesmith.objectives.sft import SFT
 from tunesmith.parallel.layout import Layout, LayoutSection, layout_of
 from tunesmith.parallel.world import ALONE, Alone, joined
@@ -46,12 +50,29 @@ class Case:
     Attributes:
         exact: activations in float64, so that what is not rounding shows: a sum over parts has another order.
         recompute: as `Policy` has it.
+        problem: what is predicted; None writes text.
     """
 
     section: LayoutSection
     family: str = "llama"
     exact: bool = False
     recompute: How = "none"
+    problem: Problem | None = None
+
+    @property
+    def objective(self) -> Any:
+        return SFT() if self.problem is None else Predict(problem=self.problem.kind)
+
+    def rows(self) -> list[Example]:
+        """Those of `several`, with labels where some are to be predicted."""
+        if self.problem is None:
+            return examples()
+        return [replace(row, labels=self._labels(row)) for row in examples()]
+
+    def _labels(self, row: Example) -> tuple[int, ...]:
+        places = [place for place, taught in enumerate(row.supervised) if taught]
+        assert self.problem is not None
+        return tuple(place % 3 for place in places[: None if self.problem.kind == "tokens" else 1])
 
 
 CASES = {
@@ -64,6 +85,8 @@ CASES = {
         "tensor-2": Case(LayoutSection(tensor=2), exact=True),
         "norms-of-heads": Case(LayoutSection(tensor=2), "qwen3", exact=True),
         "norms-behind": Case(LayoutSection(tensor=2), "gemma2", exact=True),
+        "labels": Case(LayoutSection(pipeline=2), exact=True, problem=Problem("classification", ("a", "b", "c"))),
+        "words": Case(LayoutSection(tensor=2), exact=True, problem=Problem("tokens", ("a", "b", "c"))),
     },
     4: {
         "pipeline-4": Case(LayoutSection(pipeline=4)),
@@ -93,6 +116,7 @@ def made(method: str, layout: Layout, case: Case) -> Any:
     loaded = tiny_loaded(case.family, dtype=dtype, num_hidden_layers=4, tie_word_embeddings=True)
     if case.exact:
         with_exact_norms(loaded)
+    loaded.predicts = case.problem
     adapter = (METHODS[method] if method in METHODS else built(method)).attach(loaded, seed=1)
     if method not in IN_PLACE:
         with torch.no_grad():  # a B of zeros leaves A without a gradient
@@ -110,9 +134,9 @@ def gradients(world: Alone, case: Case, method: str, count: int | None = None) -
     precision = Precision(tuned.parameters, PrecisionSection(compute="fp32"))
     pieces = layout.hold(precision)
     found = {}
-    for number, step in enumerate(islice(steps(layout.data, epochs=1)(Cursor()), count)):
+    for number, step in enumerate(islice(steps(layout.data, epochs=1, of=case.rows)(Cursor()), count)):
         batches = [to_batch(rows) for rows in step.micro_batches]
-        loss = accumulate(SFT(), tuned.policy, batches, precision, layout)
+        loss = accumulate(case.objective, tuned.policy, batches, precision, layout)
         layout.reduce(sorted(pieces))
         norm = layout.norm([piece.grad for piece in pieces.values() if piece.grad is not None])
         whole = layout.whole({name: piece.grad for name, piece in pieces.items()})
@@ -120,8 +144,12 @@ def gradients(world: Alone, case: Case, method: str, count: int | None = None) -
         found |= {f"{number}/loss": torch.tensor(loss, dtype=torch.float64), f"{number}/norm": norm.double()}
         precision.clear()
         layout.clear()
-    first = next(iter(steps(ALONE)(Cursor())))
-    totals, _ = row_losses(tuned.policy, [row for batch in first.micro_batches for row in batch])
+    first = next(iter(steps(ALONE, of=case.rows)(Cursor())))
+    rows = [row for batch in first.micro_batches for row in batch]
+    if case.problem is None:
+        totals, _ = row_losses(tuned.policy, rows)
+    else:
+        totals = predict(tuned.policy, rows, case.problem).losses
     found["rows"] = torch.tensor(totals, dtype=torch.float64)
     return found
 

@@ -25,7 +25,7 @@ METHODS = {
     ),
     "pipeline": ("full", "lora", "adapter", "bitfit", "ia3", "fpt", "top_layers", "prefix_layer"),
 }
-OBJECTIVES = ("sft",)
+OBJECTIVES = ("sft", "predict")
 _ALONE = "or use layout.data alone"
 
 
@@ -60,7 +60,7 @@ def _of_parts(config: Any, kinds: tuple[str, ...]) -> Iterator[tuple[str, str, s
         if method.kind not in METHODS[kind]:
             yield "method", f"{method.kind} is not there with {kind}; {', '.join(METHODS[kind])} are", _ALONE
     if objective.kind not in OBJECTIVES:
-        yield "objective", f"{objective.kind} is not there with {kinds[0]}; sft is", _ALONE
+        yield "objective", f"{objective.kind} is not there with {kinds[0]}; {' and '.join(OBJECTIVES)} are", _ALONE
     if method.kind == "prefix_layer" and method.reparameterise:
         yield "method.reparameterise", "one table for all blocks, and a process has some of each", _ALONE
     if "pipeline" in kinds and not config.data.packing:

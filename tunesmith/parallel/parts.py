@@ -158,13 +158,18 @@ class Parts(Single):
         return [{name: getattr(torch, dtype) for name, dtype in held.items()} for held in told]
 
     def _add_up(self, names: Collection[str], among: World) -> None:
-        """Makes the sum over some processes, whose pieces are of the same numbers, the gradient of each of them."""
-        held = {name: self.pieces[name] for name in sorted(names) if self.pieces[name].grad is not None}
+        """Makes the sum over some processes, whose pieces are of the same numbers, the gradient of each of them.
+
+        A loss may reach what is tied on one of them alone.
+        """
+        held = {name: self.pieces[name] for name in sorted(names)}
         for bucket in fill(held, among.size):
             first = held[next(iter(bucket.spans))]
             flat = bucket.zeros(first.dtype, first.device)
             for name in bucket.spans:
-                bucket.put(flat, name, held[name].grad)  # type: ignore[arg-type]
+                gradient = held[name].grad
+                if gradient is not None:
+                    bucket.put(flat, name, gradient)
             among.traffic.all_reduce(flat)
             for name in bucket.spans:
                 held[name].grad = bucket.get(flat, name).view(held[name].shape)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tunesmith.core.errors import ConfigError
 from tunesmith.core.types import Batch
-from tunesmith.models.ports import Port
+from tunesmith.models.ports import Port, attached_to
 from tunesmith.models.targets import block_paths
 from tunesmith.models.trunk import current_cut
 from tunesmith.parallel.layout import LayoutSection
@@ -108,9 +108,15 @@ class _StagedPolicy:
         self._policy.train(mode)
         return self
 
-    def token_losses(self, batch: Any) -> Tensor:
+    def token_losses(self, batch: Batch) -> Tensor:
         """As `Policy.token_losses`, on every process, without gradients."""
-        return self._engine.token_losses(batch)
+        return self._engine.asked(batch, lambda policy, batch: policy.token_losses(batch), batch.targets.shape)
+
+    def scores(self, batch: Batch) -> Tensor:
+        """As `Policy.scores`, likewise."""
+        (head,) = attached_to(self._policy.model).heads.values()
+        rows = batch.sources.numel() if head.pooling == "token" else len(batch.lengths)
+        return self._engine.asked(batch, lambda policy, batch: policy.scores(batch), (rows, head.problem.outputs))
 
 
 def _stages_of(policy: Any, held: list[Span]) -> dict[int, set[int]]:
@@ -122,6 +128,7 @@ def _stages_of(policy: Any, held: list[Span]) -> dict[int, set[int]]:
         block = next((number for number, name in enumerate(paths) if path.startswith(name + ".")), None)
         stage = last if block is None else next(at for at, span in enumerate(held) if span.holds(block))
         found.setdefault(id(parameter), set()).add(stage)
+    found |= {id(held): {last} for head in attached_to(model).heads.values() for held in head.parameters()}
     embed = model.get_input_embeddings()
     for parameter in embed.parameters():
         # a head that shares it has put it on the last stage

@@ -74,7 +74,7 @@ class Engine:
         self.modules = [_Blocks(self, held[number]) for number in self.numbers]
         self.batches: Sequence[Batch] = ()
         self.reseed: Callable[[int], object] = lambda micro: None
-        self.answer: Callable[[Any, Batch], Tensor] = lambda policy, batch: policy.token_losses(batch)
+        self.answer: Callable[[Any, Batch], Tensor]
         self.busy_seconds = self.seconds = 0.0
         self.ideal = [0.0, 0]
 
@@ -106,17 +106,15 @@ class Engine:
         self.parts.traffic.broadcast(found, self.parts.size - 1)
         return list(found.unbind())
 
-    def token_losses(self, batch: Batch) -> Tensor:
-        """As `Policy.token_losses`, in every process of the pipeline; no gradients."""
-        self.batches, self.reseed = [batch], lambda micro: None
-        self.answer = lambda policy, batch: policy.token_losses(batch)
+    def asked(self, batch: Batch, answer: Callable[[Any, Batch], Tensor], shape: Sequence[int]) -> Tensor:
+        """What the policy answers of this shape, float32 or wider, in every process of the pipeline; no gradients."""
+        self.batches, self.reseed, self.answer = [batch], lambda micro: None, answer
         busy_seconds = self.busy_seconds
         with torch.no_grad():
             found = self._run(self._schedule(1, None), is_taught=False)
         self.batches, self.busy_seconds = (), busy_seconds  # the share is that of steps
         if not self.has_last:
-            dtype = wide(self.policy.model.dtype)
-            found = torch.zeros(batch.targets.numel(), dtype=dtype, device=batch.ids.device)
+            found = torch.zeros(*shape, dtype=wide(self.policy.model.dtype), device=batch.ids.device)
         self.parts.traffic.broadcast(found, self.parts.size - 1)
         return found
 
@@ -223,8 +221,8 @@ def spans(blocks: int, stages: int) -> list[Span]:
 def levelled(batches: Sequence[Batch], count: int) -> list[Batch]:
     """Micro-batches of one length, as long as the longest, and `count` of them: what is added is not supervised."""
     tokens = max(batch.ids.numel() for batch in batches)
-    none = batches[0].ids.new_zeros(0)
-    empty = Batch(none, none, (), none, none, ())
+    none, labels = batches[0].ids.new_zeros(0), batches[0].labels
+    empty = Batch(none, none, (), none, none, (), None if labels is None else labels[:0])
     return [_filled(batch, tokens) for batch in (*batches, *[empty] * (count - len(batches)))]
 
 
@@ -262,8 +260,20 @@ def _total(objective: Any, policy: Any, batch: Batch) -> Tensor:
     if not objective.weight(batch):
         nothing: Tensor = policy.hidden(batch).sum() * 0.0
         return nothing
-    total: Tensor = objective.loss(policy, batch).total
+    total: Tensor = objective.loss(policy if batch.labels is None else _Labelled(policy), batch).total
     return total
+
+
+class _Labelled:
+    """A policy that says nothing of the documents with which a micro-batch was filled: they have no labels."""
+
+    def __init__(self, policy: Any) -> None:
+        self._policy = policy
+
+    def scores(self, batch: Batch) -> Tensor:
+        assert batch.labels is not None
+        found: Tensor = self._policy.scores(batch)
+        return found[: len(batch.labels)]
 
 
 def _counted(traffic: Traffic, sends: list[Any]) -> list[Any]:

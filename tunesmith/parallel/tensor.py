@@ -3,8 +3,8 @@
 The one idea: q, k, v, gate and up are cut by columns and o and down by rows, so that a block needs two sums of
 activations forward and two backward (Shoeybi et al. 2019, arXiv 1909.08053, section 3): of what o and down make, and
 of the gradients of what goes into attention and the MLP. Parameters stay ordinary tensors, only smaller, so ports,
-optimizer and checkpoints never notice. What a method puts beside a map is cut with it, or acts on a part and is whole, so
-that its gradients are added up, or stands behind the sum. Embedding, head and norms are whole on every process.
+optimizer and checkpoints never notice. What a method puts beside a map is cut with it; or it acts on parts, whole, and
+its gradients are added up; or it stands behind the sum. Embedding, head and norms are whole on every process.
 """
 
 from __future__ import annotations
