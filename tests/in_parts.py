@@ -8,22 +8,32 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from conformance import CASES as TABLE
+from conformance import IN_PLACE, built
 from safetensors.torch import save_file
-from several import METHODS, steps
+from several import METHODS, examples, steps
 from tiny_models import tiny_loaded, with_exact_norms
 
+from tunesmith.config import build_config
+from tunesmith.core.errors import ConfigError
+from tunesmith.core.problem import Problem
 from tunesmith.data.batch import to_batch
+from tunesmith.data.encode import Example
 from tunesmith.data.pack import Cursor
 from tunesmith.evaluate.losses import row_losses
+from tunesmith.evaluate.predictions import predict
 from tunesmith.models.policy import Policy
 from tunesmith.models.recompute import How
+from tunesmith.objectives.predict import Predict
 from tunesmith.objectives.sft import SFT
 from tunesmith.parallel.layout import Layout, LayoutSection, layout_of
 from tunesmith.parallel.world import ALONE, Alone, joined
@@ -40,12 +50,29 @@ class Case:
     Attributes:
         exact: activations in float64, so that what is not rounding shows: a sum over parts has another order.
         recompute: as `Policy` has it.
+        problem: what is predicted; None writes text.
     """
 
     section: LayoutSection
     family: str = "llama"
     exact: bool = False
     recompute: How = "none"
+    problem: Problem | None = None
+
+    @property
+    def objective(self) -> Any:
+        return SFT() if self.problem is None else Predict(problem=self.problem.kind)
+
+    def rows(self) -> list[Example]:
+        """Those of `several`, with labels where some are to be predicted."""
+        if self.problem is None:
+            return examples()
+        return [replace(row, labels=self._labels(row)) for row in examples()]
+
+    def _labels(self, row: Example) -> tuple[int, ...]:
+        places = [place for place, taught in enumerate(row.supervised) if taught]
+        assert self.problem is not None
+        return tuple(place % 3 for place in places[: None if self.problem.kind == "tokens" else 1])
 
 
 CASES = {
@@ -58,18 +85,29 @@ CASES = {
         "tensor-2": Case(LayoutSection(tensor=2), exact=True),
         "norms-of-heads": Case(LayoutSection(tensor=2), "qwen3", exact=True),
         "norms-behind": Case(LayoutSection(tensor=2), "gemma2", exact=True),
+        "labels": Case(LayoutSection(pipeline=2), exact=True, problem=Problem("classification", ("a", "b", "c"))),
+        "words": Case(LayoutSection(tensor=2), exact=True, problem=Problem("tokens", ("a", "b", "c"))),
     },
     4: {
         "pipeline-4": Case(LayoutSection(pipeline=4)),
         "data-2-pipeline-2": Case(LayoutSection(data=2, pipeline=2)),
         "data-2-pipeline-2-zero1": Case(LayoutSection(data=2, pipeline=2, shard="zero1")),
         "data-2-tensor-2": Case(LayoutSection(data=2, tensor=2), exact=True),
+        "tensor-2-pipeline-2": Case(LayoutSection(tensor=2, pipeline=2), exact=True),
+        "data-2-pipeline-2-zero2": Case(LayoutSection(data=2, pipeline=2, shard="zero2")),
         "data-2-tensor-2-zero1": Case(LayoutSection(data=2, tensor=2, shard="zero1"), exact=True),
+        "data-2-tensor-2-zero2": Case(LayoutSection(data=2, tensor=2, shard="zero2"), exact=True),
     },
 }
 # whose training is followed, too
-TRAINED = ("interleaved", "tensor-2", "data-2-pipeline-2-zero1", "data-2-tensor-2")
+TRAINED = ("interleaved", "tensor-2", "data-2-pipeline-2-zero2", "data-2-tensor-2-zero2", "tensor-2-pipeline-2")
 STEPS = 4
+# the table of methods, in both ways to cut a model
+CUTS = {"tensor": Case(LayoutSection(tensor=2), exact=True), "pipeline": Case(LayoutSection(pipeline=2))}
+TABLE |= {
+    "top_layers 3": ("top_layers", {"layers": 3}),
+    "lora maps": ("lora", {"rank": 2, "targets": ("q", "o"), "also_train": ("v", "down")}),
+}
 
 
 def made(method: str, layout: Layout, case: Case) -> Any:
@@ -78,8 +116,9 @@ def made(method: str, layout: Layout, case: Case) -> Any:
     loaded = tiny_loaded(case.family, dtype=dtype, num_hidden_layers=4, tie_word_embeddings=True)
     if case.exact:
         with_exact_norms(loaded)
-    adapter = METHODS[method].attach(loaded, seed=1)
-    if method != "full":
+    loaded.predicts = case.problem
+    adapter = (METHODS[method] if method in METHODS else built(method)).attach(loaded, seed=1)
+    if method not in IN_PLACE:
         with torch.no_grad():  # a B of zeros leaves A without a gradient
             for number, parameter in enumerate(adapter.parameters.values()):
                 draw = torch.Generator().manual_seed(number)
@@ -88,16 +127,16 @@ def made(method: str, layout: Layout, case: Case) -> Any:
     return layout.adopt(SimpleNamespace(parameters=adapter.parameters, policy=policy))
 
 
-def gradients(world: Alone, case: Case, method: str) -> dict[str, torch.Tensor]:
+def gradients(world: Alone, case: Case, method: str, count: int | None = None) -> dict[str, torch.Tensor]:
     """The gradient of the first steps, each by itself, and losses of rows, whole on the first process."""
     layout = layout_of(case.section, world)
     tuned = made(method, layout, case)
     precision = Precision(tuned.parameters, PrecisionSection(compute="fp32"))
     pieces = layout.hold(precision)
     found = {}
-    for number, step in enumerate(steps(layout.data, epochs=1)(Cursor())):
+    for number, step in enumerate(islice(steps(layout.data, epochs=1, of=case.rows)(Cursor()), count)):
         batches = [to_batch(rows) for rows in step.micro_batches]
-        loss = accumulate(SFT(), tuned.policy, batches, precision, layout)
+        loss = accumulate(case.objective, tuned.policy, batches, precision, layout)
         layout.reduce(sorted(pieces))
         norm = layout.norm([piece.grad for piece in pieces.values() if piece.grad is not None])
         whole = layout.whole({name: piece.grad for name, piece in pieces.items()})
@@ -105,8 +144,12 @@ def gradients(world: Alone, case: Case, method: str) -> dict[str, torch.Tensor]:
         found |= {f"{number}/loss": torch.tensor(loss, dtype=torch.float64), f"{number}/norm": norm.double()}
         precision.clear()
         layout.clear()
-    first = next(iter(steps(ALONE)(Cursor())))
-    totals, _ = row_losses(tuned.policy, [row for batch in first.micro_batches for row in batch])
+    first = next(iter(steps(ALONE, of=case.rows)(Cursor())))
+    rows = [row for batch in first.micro_batches for row in batch]
+    if case.problem is None:
+        totals, _ = row_losses(tuned.policy, rows)
+    else:
+        totals = predict(tuned.policy, rows, case.problem).losses
     found["rows"] = torch.tensor(totals, dtype=torch.float64)
     return found
 
@@ -133,8 +176,44 @@ def followed(world: Alone, case: Case, method: str, folder: Path) -> dict[str, t
     if world.is_first:
         ranks = [rank | its for rank, its in zip(result.ranks, sent, strict=True)]
         (folder / "ranks.json").write_text(json.dumps(ranks))
-    trained(world, case, method, folder.with_name(folder.name + "-begun"), count=STEPS // 2)
+    begun, again = (folder.with_name(folder.name + end) for end in ("-begun", "-again"))
+    trained(world, case, method, begun, count=STEPS // 2)
+    world.first(lambda: shutil.copytree(begun, again) and None)
+    _, gone_on = trained(world, case, method, again, resume=True)
+    assert all(torch.equal(gone_on[name], value) for name, value in whole.items()), "resumed as it was: the same bits"
     return {name: value.float() for name, value in whole.items()}
+
+
+def table(world: Alone, folder: Path) -> None:
+    """How far each method's first gradient and losses are from those of one process, in both cuts, or why not."""
+    found: dict[str, Any] = {}
+    for name in TABLE:
+        for cut, case in CUTS.items():
+            try:
+                refused(name, case.section)
+                told = gradients(world, case, name, count=1)
+            except ConfigError as error:
+                found[f"{name}, {cut}"] = str(error)
+                continue
+            wanted = gradients(ALONE, replace(case, section=LayoutSection()), name, count=1)
+            found[f"{name}, {cut}"] = farthest(told, wanted) if world.is_first else 0.0
+    if world.is_first:
+        (folder / "table.json").write_text(json.dumps(found))
+
+
+def farthest(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """The relative distance of the tensor that is farthest; one of nothing but rounding counts as a part of all."""
+    assert found.keys() == wanted.keys()
+    floor = 1e-3 * float(wanted["0/norm"])
+    far = {name: (found[name].double() - value.double()).norm() for name, value in wanted.items()}
+    return max(float(far[name] / max(value.double().norm(), floor)) for name, value in wanted.items())
+
+
+def refused(name: str, section: LayoutSection) -> None:
+    """Raises ConfigError as a run would, before anything is loaded."""
+    kind, settings = TABLE[name]
+    rest = {"model": "m", "data": {"train": "x"}, "train": {"steps": 1}, "out": "o"}
+    build_config({**rest, "method": {"kind": kind, **settings}, "layout": section.model_dump()})
 
 
 def main() -> None:
@@ -151,6 +230,8 @@ def main() -> None:
                 found = followed(world, case, method, folder / f"{name}-{method}")
                 if world.is_first:
                     save_file(found, folder / f"weights-{name}-{method}.safetensors")
+        if size == 2:
+            table(world, folder)
 
 
 if __name__ == "__main__":

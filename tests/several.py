@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -67,9 +67,11 @@ def examples(count: int = 23) -> list[Example]:
     return found
 
 
-def steps(world: Alone, sizes: Sizes = SIZES, epochs: int | None = None) -> Any:
+def steps(
+    world: Alone, sizes: Sizes = SIZES, epochs: int | None = None, of: Callable[[], list[Example]] = examples
+) -> Any:
     """Steps from a cursor on, as a process gets them."""
-    rows = examples()
+    rows = of()
 
     def stream(cursor: Cursor) -> Iterator[Any]:
         mixture = Mixture([len(rows)], seed=3)

@@ -24,9 +24,8 @@ TENSOR, PIPELINE = {"tensor": 2}, {"pipeline": 2}
 @pytest.mark.parametrize(
     ("section", "said"),
     [
-        ({"tensor": 2, "pipeline": 2}, "not there together"),
         ({"data": 2, "tensor": 2, "shard": "zero3"}, "zero3 is not there with tensor or pipeline"),
-        ({"data": 2, "pipeline": 2, "shard": "zero2"}, "zero2 is not there"),
+        ({"data": 2, "pipeline": 2, "shard": "zero2", "schedule": "interleaved"}, "twice a micro-batch"),
         ({"micro_batches": 4}, "micro_batches: 4 has no effect"),
         ({"tensor": 2, "schedule": "gpipe"}, "schedule: gpipe has no effect"),
         ({"shard": "zero1"}, "no effect on one process"),
@@ -40,10 +39,11 @@ def test_sections_that_fit_nothing_are_refused(section: dict[str, Any], said: st
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"layout": TENSOR, "method": "bitfit"}, "method: bitfit is not there with tensor"),
-        ({"layout": PIPELINE, "method": {"kind": "lora", "dora": True}}, "method.dora"),
-        ({"layout": PIPELINE, "method": {"kind": "lora", "init": "pissa"}}, "method.init"),
-        ({"layout": TENSOR, "method": {"kind": "lora", "also_train": ["embed"]}}, "method.also_train"),
+        ({"layout": TENSOR, "method": "subspace"}, "method: subspace is not there with tensor"),
+        ({"layout": TENSOR | PIPELINE, "method": "prompt"}, "method: prompt is not there with pipeline"),
+        ({"layout": TENSOR | PIPELINE, "method": {"kind": "lora", "dora": True}}, "method.dora"),
+        ({"layout": PIPELINE, "method": {"kind": "prefix_layer", "reparameterise": True}}, "method.reparameterise"),
+        ({"layout": TENSOR, "method": {"kind": "adapter", "style": "parallel"}}, "method.style"),
         ({"layout": TENSOR, "method": {"kind": "lora", "dropout": 0.1}}, "method.dropout"),
         ({"layout": TENSOR, "train": {"steps": 1, "recompute": "full"}}, "train.recompute"),
         ({"layout": PIPELINE, "objective": {"kind": "predict", "problem": "classification"}}, "objective: predict"),
@@ -74,6 +74,7 @@ def test_what_was_not_shown_to_be_exact_is_refused(change: dict[str, Any], said:
         ({"tensor": 2}, "llama", {"attention_dropout": 0.1}, "drops 0.1"),
         ({"tensor": 2}, "phi3", {}, "how to cut phi3 is not known"),
         ({"pipeline": 2}, "gpt2", {}, "how to cut gpt2 is not known"),
+        ({"tensor": 3, "pipeline": 2}, "llama", {}, "4 heads cannot be cut into 3"),
         ({"pipeline": 3}, "llama", {}, "3 parts of 2 blocks"),
         ({"pipeline": 2, "schedule": "interleaved"}, "llama", {}, "4 parts of 2 blocks"),
     ],

@@ -59,7 +59,8 @@ def predict(
     with evaluating(policy.model), torch.no_grad():
         for rows in batches(examples, batch_tokens):
             batch = to_batch([examples[row] for row in rows]).to(policy.model.device)
-            said = scores(policy, batch, head)
+            # a policy whose model is in parts has a way of its own to ask its heads
+            said = policy.scores(batch) if head is None else scores(policy, batch, head)
             losses = objective.losses(said, batch).double().cpu()
             units = [found.units[row] for row in rows]
             for row, part, loss in zip(rows, said.split(units), losses.split(units), strict=True):

@@ -7,7 +7,7 @@ in them. All buckets but those of one large tensor have about the same size.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,14 +59,18 @@ class Bucket:
         return Place(shape, tuple((found.start, found.stop) for found in ranges))
 
 
-def fill(tensors: Mapping[str, Tensor], size: int, most_bytes: int = BUCKET_BYTES) -> list[Bucket]:
+def fill(
+    tensors: Mapping[str, Tensor], size: int, most_bytes: int = BUCKET_BYTES, apart: Collection[str] = ()
+) -> list[Bucket]:
     """Buckets of tensors of one dtype each, which a collective wants.
 
     Args:
         tensors: whose sizes and dtypes count.
         size: processes.
+        apart: names of tensors that have a bucket each, so that it is cut the same whatever other tensors there are.
     """
-    buckets: list[Bucket] = []
+    buckets = [_bucket([name], tensors, size) for name in tensors if name in apart]
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in apart}
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors.values()):
         names = sorted((name for name, tensor in tensors.items() if tensor.dtype == dtype), key=_natural, reverse=True)
         group: list[str] = []

@@ -7,7 +7,7 @@ so that accumulation costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,19 +15,17 @@ from torch import Tensor, nn
 
 from tunesmith.core.errors import ConfigError
 from tunesmith.parallel.buckets import Bucket, fill
-from tunesmith.parallel.layout import Held, Single
-from tunesmith.parallel.pieces import Place, collect, hand_out
+from tunesmith.parallel.layout import Held
+from tunesmith.parallel.pieces import Place
+from tunesmith.parallel.sharded import Placed, Sharded
 from tunesmith.parallel.world import World
 
 
-class Ddp(Single):
+class Ddp(Placed):
     """Replicas with the whole state each."""
-
-    world: World
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
-        self.places: dict[str, Place] = {}
         self.buckets: list[Bucket] = []
 
     def hold(self, held: Held) -> dict[str, nn.Parameter]:
@@ -53,14 +51,6 @@ class Ddp(Single):
         # all are the same: nothing need be sent
         return dict(pieces) if self.world.is_first else {}
 
-    def room(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if not self.world.is_first:
-            return {}
-        return {name: torch.empty(self.places[name].shape, dtype=piece.dtype) for name, piece in pieces.items()}
-
-    def deal(self, whole: Mapping[str, Tensor], pieces: Mapping[str, Tensor]) -> None:
-        hand_out(self.world, self.places, whole, pieces)
-
     def acting(self, names: Collection[str]) -> list[Bucket]:
         """The buckets with something that trains now."""
         return [bucket for bucket in self.buckets if set(bucket.spans) & set(names)]
@@ -83,7 +73,7 @@ class Ddp(Single):
         return {name for name, count in zip(ordered, reached, strict=True) if not count}
 
 
-class Split(Ddp):
+class Split(Sharded, Ddp):
     """What ZeRO's first two stages share: each process updates one part of every bucket, and all parts are gathered.
 
     Rajbhandari et al. 2020, arXiv 1910.02054, section 5. A piece of a parameter in float32 is that part of the
@@ -98,7 +88,7 @@ class Split(Ddp):
     def hold(self, held: Held) -> dict[str, nn.Parameter]:
         self.masters = held.masters
         # by the parameters' dtype: that is what is gathered
-        self.buckets = fill(held.parameters, self.world.size)
+        self.buckets = fill(held.parameters, self.world.size, apart=self.apart)
         pieces = {}
         for bucket in self.buckets:
             for name in bucket.spans:
@@ -107,11 +97,6 @@ class Split(Ddp):
                 pieces[name] = self._piece(parameter, master, self.places[name].mine(self.world.rank))
         self.pieces = dict(sorted(pieces.items()))
         return self.pieces
-
-    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        mine = [gradient for gradient in gradients if gradient.numel()]
-        square = float(super().norm(mine)) ** 2 if mine else 0.0
-        return torch.tensor(self.sum(square), dtype=torch.float64).sqrt()
 
     def publish(self, held: Held, names: Collection[str]) -> None:
         rank = self.world.rank
@@ -127,15 +112,8 @@ class Split(Ddp):
                     parameter = held.parameters[name]
                     parameter.copy_(bucket.get(flat, name).view(parameter.shape))
 
-    def clear(self) -> None:
-        for piece in self.pieces.values():
-            piece.grad = None
-
     def gradients(self) -> list[Tensor]:
         return [*super().gradients(), *(piece.grad for piece in self.pieces.values() if piece.grad is not None)]
-
-    def whole(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return collect(self.world, self.places, pieces)
 
     def scattered(self, flat: Tensor, bucket: Bucket) -> Tensor:
         """This process's part of the sum of all processes' buffers: [part]."""

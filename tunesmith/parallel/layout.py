@@ -52,6 +52,11 @@ class LayoutSection(Section):
         return self.data * self.tensor * self.pipeline
 
     @property
+    def parts(self) -> int:
+        """How many processes hold one model together."""
+        return self.tensor * self.pipeline
+
+    @property
     def stages(self) -> int:
         """Into how many parts a pipeline cuts the model."""
         return self.pipeline * (CHUNKS if self.schedule == "interleaved" else 1)
@@ -66,10 +71,10 @@ class LayoutSection(Section):
                 raise ValueError(
                     f"{name}: {value} has no effect without a pipeline; set pipeline to how many there are"
                 )
-        if self.tensor > 1 and self.pipeline > 1:
-            raise ValueError("tensor and pipeline are not there together yet; each goes with data")
-        if self.shard in ("zero2", "zero3") and self.tensor * self.pipeline > 1:
-            raise ValueError(f"shard: {self.shard} is not there with tensor or pipeline yet; zero1 and none are")
+        if self.shard == "zero3" and self.parts > 1:
+            raise ValueError("shard: zero3 is not there with tensor or pipeline; zero2, zero1 and none are")
+        if self.shard == "zero2" and self.schedule == "interleaved":
+            raise ValueError("schedule: interleaved would reduce what zero2 splits twice a micro-batch; take 1f1b")
         return self
 
 
@@ -176,8 +181,13 @@ class Layout(Protocol):
 
 
 class Single:
-    """One process: its own rows and its own gradients are all there are."""
+    """One process: its own rows and its own gradients are all there are.
 
+    Attributes:
+        apart: names of tensors that processes with other tensors beside them have to cut in the same way.
+    """
+
+    apart: Collection[str] = ()
     in_step = in_parts = False
     passes: Passes | None = None
 
@@ -241,6 +251,7 @@ STRATEGIES = {
     "zero3": "tunesmith.parallel.zero3:Zero3",
     "tensor": "tunesmith.parallel.tensor:TensorParallel",
     "pipeline": "tunesmith.parallel.pipeline:Pipeline",
+    "both": "tunesmith.parallel.both:TensorPipeline",
 }
 
 
@@ -248,18 +259,18 @@ def layout_of(section: LayoutSection, world: Alone) -> Layout:
     """The layout of a section in the world of this process."""
     if not isinstance(world, World):
         return Single()
-    for name in ("tensor", "pipeline"):
-        if getattr(section, name) > 1:
-            found: Layout = _strategy(name)(world, section)
-            return found
-    return of_data(section.shard, world)
+    if section.parts == 1:
+        return of_data(section.shard, world)
+    name = "tensor" if section.pipeline == 1 else "pipeline" if section.tensor == 1 else "both"
+    found: Layout = _strategy(name)(world, section)
+    return found
 
 
-def of_data(shard: Shard, world: World) -> Layout:
+def of_data(shard: Shard, world: World) -> Single:
     """The layout of processes that have other rows and the same model."""
     if world.size == 1:
         return Single()
-    found: Layout = _strategy(shard)(world)
+    found: Single = _strategy(shard)(world)
     return found
 
 

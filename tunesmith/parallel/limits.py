@@ -14,10 +14,19 @@ from tunesmith.models.families import family_of
 from tunesmith.parallel.layout import LayoutSection
 
 # families whose blocks have q, k, v, gate and up to be cut by columns, and o and down by rows
-TENSOR = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite")
+_TENSOR = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite")
 # and those whose blocks are one behind the other, with nothing but an embedding before and a norm and a head after
-PIPELINE = (*TENSOR, "olmo2", "cohere", "phi3")
-METHODS, OBJECTIVES = ("full", "lora"), ("sft",)
+FAMILIES = {"tensor": _TENSOR, "pipeline": (*_TENSOR, "olmo2", "cohere", "phi3")}
+# methods whose parameters stand at places in the blocks, or before or behind them, each process with those of its own
+METHODS = {
+    "tensor": (
+        *("full", "lora", "adapter", "bitfit", "ia3", "fpt", "top_layers"),
+        *("linear_probe", "prompt", "prefix_embed", "prefix_layer"),
+    ),
+    "pipeline": ("full", "lora", "adapter", "bitfit", "ia3", "fpt", "top_layers", "prefix_layer"),
+}
+OBJECTIVES = ("sft", "predict")
+_ALONE = "or use layout.data alone"
 
 
 def refusals(config: Any) -> Iterator[tuple[str, str, str]]:
@@ -28,39 +37,49 @@ def refusals(config: Any) -> Iterator[tuple[str, str, str]]:
     if layout.processes > 1 and config.train.optimizer_state == "int8":
         told = "int8 codes are of blocks of whole tensors, and processes of a layout may hold parts of them"
         yield "train.optimizer_state", told, "take bf16"
+    kinds = _kinds(layout)
+    spread = kinds[0] if kinds else "zero3" if layout.shard == "zero3" else ""
     offload = config.train.offload
-    if offload == "optimizer" and (layout.shard != "none" or _kind(layout)):
-        told = f"keeps whole masters apart, and {_kind(layout) or layout.shard} has parts of them"
-        yield "train.offload", f"optimizer {told}", "leave it out, or use layout.data alone"
-    if offload == "activations" and (layout.shard == "zero3" or _kind(layout)):
-        told = f"activations wait for a backward of their own, and {_kind(layout) or 'zero3'} makes passes itself"
+    if offload == "optimizer" and (layout.shard != "none" or kinds):
+        told = f"optimizer keeps whole masters apart, and {kinds[0] if kinds else layout.shard} has parts of them"
+        yield "train.offload", told, f"leave it out, {_ALONE}"
+    if offload == "activations" and spread:
+        told = f"activations wait for a backward of their own, and {spread} makes passes itself"
         yield "train.offload", told, "leave it out, or use layout.data without zero3"
-    if config.precision.base != "same" and (layout.shard == "zero3" or _kind(layout)):
-        told = f"{config.precision.base} holds codes, and {_kind(layout) or 'zero3'} splits numbers"
+    if config.precision.base != "same" and spread:
+        told = f"{config.precision.base} holds codes, and {spread} splits numbers"
         yield "precision.base", told, "set it to same, or use layout.data without zero3"
     is_written = stop is not None and stop.metric not in ("loss", "perplexity") and not config.objective.predicts
-    if is_written and (layout.shard == "zero3" or _kind(layout)):
-        told = f"is of written text, and {_kind(layout) or 'zero3'} has no whole model to write with"
+    if is_written and spread:
+        told = f"is of written text, and {spread} has no whole model to write with"
         yield "train.stop.metric", told, "take loss, or zero2"
-    if _kind(layout):
-        yield from _of_parts(config, _kind(layout))
+    if kinds:
+        yield from _of_parts(config, kinds)
+    if "tensor" in kinds:
+        yield from _of_tensor(config)
 
 
-def _of_parts(config: Any, kind: str) -> Iterator[tuple[str, str, str]]:
+def _of_parts(config: Any, kinds: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
     method, objective = config.method, config.objective
     if config.precision.compute == "fp16":
-        yield "precision.compute", f"fp16 and its loss scaling are not there with {kind}", "take bf16"
-    if method.kind not in METHODS:
-        yield "method", f"{method.kind} is not there with {kind}; {' and '.join(METHODS)} are", "or layout.data alone"
+        yield "precision.compute", f"fp16 and its loss scaling are not there with {kinds[0]}", "take bf16"
+    for kind in kinds:
+        if method.kind not in METHODS[kind]:
+            yield "method", f"{method.kind} is not there with {kind}; {', '.join(METHODS[kind])} are", _ALONE
     if objective.kind not in OBJECTIVES:
-        yield "objective", f"{objective.kind} is not there with {kind}; sft is", "or layout.data alone"
-    for key, plain in (("dora", False), ("init", "default"), ("also_train", ())):
-        if method.kind == "lora" and getattr(method, key) != plain:
-            yield f"method.{key}", f"is not there with {kind}", "leave it out, or use layout.data alone"
-    if kind == "pipeline":
-        if not config.data.packing:
-            yield "data.packing", "a pipeline has documents end to end", "set it to true"
-        return
+        yield "objective", f"{objective.kind} is not there with {kinds[0]}; {' and '.join(OBJECTIVES)} are", _ALONE
+    if method.kind == "prefix_layer" and method.reparameterise:
+        yield "method.reparameterise", "one table for all blocks, and a process has some of each", _ALONE
+    if "pipeline" in kinds and not config.data.packing:
+        yield "data.packing", "a pipeline has documents end to end", "set it to true"
+
+
+def _of_tensor(config: Any) -> Iterator[tuple[str, str, str]]:
+    method = config.method
+    if method.kind == "lora" and method.dora:
+        yield "method.dora", "the lengths of rows that processes split are not there", f"leave it out, {_ALONE}"
+    if method.kind == "adapter" and method.style == "parallel":
+        yield "method.style", "parallel reads what every process has, within what they split", "take another style"
     if method.kind == "lora" and method.dropout:
         yield "method.dropout", "processes that split a matrix cannot draw the same zeros", "set it to 0"
     if config.train.recompute != "none":
@@ -69,16 +88,18 @@ def _of_parts(config: Any, kind: str) -> Iterator[tuple[str, str, str]]:
 
 def check_model(layout: LayoutSection, settings: Mapping[str, Any]) -> None:
     """Raises ConfigError for a model that cannot be cut so, from its config.json."""
-    kind = _kind(layout)
-    if not kind:
-        return
-    name, known = family_of(settings).name, TENSOR if layout.tensor > 1 else PIPELINE
-    if name not in known:
-        told = f"how to cut {name} is not known; it is for {', '.join(known)}"
-        raise ConfigError(told, where=f"layout.{kind}", hint="layout.data works for every family")
+    for kind in _kinds(layout):
+        name = family_of(settings).name
+        if name not in FAMILIES[kind]:
+            told = f"how to cut {name} is not known; it is for {', '.join(FAMILIES[kind])}"
+            raise ConfigError(told, where=f"layout.{kind}", hint="layout.data works for every family")
     if layout.pipeline > 1:
         _check_blocks(layout, int(settings["num_hidden_layers"]))
-        return
+    if layout.tensor > 1:
+        _check_matrices(layout, settings)
+
+
+def _check_matrices(layout: LayoutSection, settings: Mapping[str, Any]) -> None:
     heads = int(settings["num_attention_heads"])
     sizes = {
         "heads": heads,
@@ -104,5 +125,6 @@ def _check_blocks(layout: LayoutSection, blocks: int) -> None:
         raise ConfigError(told, where="layout.pipeline", hint=f"at most {blocks}, and half of it interleaved")
 
 
-def _kind(layout: LayoutSection) -> str:
-    return "tensor" if layout.tensor > 1 else "pipeline" if layout.pipeline > 1 else ""
+def _kinds(layout: LayoutSection) -> tuple[str, ...]:
+    """What of a model the layout cuts."""
+    return tuple(kind for kind in ("tensor", "pipeline") if getattr(layout, kind) > 1)

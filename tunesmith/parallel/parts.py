@@ -1,4 +1,4 @@
-"""Layouts in which a process holds a part of the model: tensor parallelism and pipelines, and data parallelism of them.
+"""Layouts in which a process holds a part of the model: tensor parallelism, pipelines, and products with data.
 
 The one idea: processes that hold the same part are a world of their own, in which a data-parallel layout does what it
 always does; those that hold together one model are another (`parts`). Data is the outer axis of the two, so that the
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from tunesmith.parallel.buckets import fill
-from tunesmith.parallel.layout import Held, Layout, LayoutSection, Single, of_data
+from tunesmith.parallel.layout import Held, LayoutSection, Single, of_data
 from tunesmith.parallel.world import Alone, World
 
 
@@ -24,9 +24,11 @@ class Parts(Single):
 
     Attributes:
         data: the processes with other rows and the same part.
-        parts: the processes with the same rows and other parts.
-        axes: the axis along which a tensor is cut, by name; one that is not named is whole where it is.
-        shared: names of pieces whose gradients are added up over `parts`, because each computes some of it.
+        parts: the processes with the same rows and other parts, those of one stage side by side.
+        pipe: of these, the ones with other blocks.
+        split: of these, the ones with the same blocks and other parts of their matrices.
+        axes: the axis along which a tensor is cut over `split`, by name; one that is not named is whole where it is.
+        shared: names of pieces whose gradients are added up over `split`, because each computes some of it.
     """
 
     world: World
@@ -35,11 +37,12 @@ class Parts(Single):
     def __init__(self, world: World, section: LayoutSection) -> None:
         super().__init__(world)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        shape = section.data, section.processes // section.data
-        self.mesh = init_device_mesh(device, shape, mesh_dim_names=("data", "parts"))
-        data = world.within(self.mesh.get_group("data"))
-        self.parts = world.within(self.mesh.get_group("parts"))
-        self.inner: Layout = of_data(section.shard, data)
+        whole = init_device_mesh(device, (section.data, section.parts), mesh_dim_names=("data", "parts"))
+        self.parts = world.within(whole.get_group("parts"))
+        shape = section.data, section.pipeline, section.tensor
+        self.mesh = init_device_mesh(device, shape, mesh_dim_names=("data", "pipe", "split"))
+        data, self.pipe, self.split = (world.within(self.mesh.get_group(axis)) for axis in range(3))
+        self.inner = of_data(section.shard, data)
         self.data = data if section.data > 1 else Alone()
         self.axes: dict[str, int] = {}
         self.shared: set[str] = set()
@@ -59,8 +62,10 @@ class Parts(Single):
         self.inner.passed()
 
     def reduce(self, names: Collection[str]) -> set[str]:
-        self._add_up(self.shared & set(names), self.parts)
-        return self.inner.reduce(names)
+        unreached = self.inner.reduce(names)
+        # of pieces: those with the same blocks have pieces of the same numbers
+        self._add_up(self.shared & set(names), self.split)
+        return unreached
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         counted = {id(self.pieces[name].grad) for name in self.pieces if self._owner(name) in (None, self.parts.rank)}
@@ -81,21 +86,20 @@ class Parts(Single):
         self.inner.close()
 
     def whole(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        mine = self.inner.whole(pieces)
-        if not self.data.is_first or not pieces:  # before the first step there are no moments, anywhere
+        mine, dtypes = self.inner.whole(pieces), self._dtypes(pieces)
+        if not self.data.is_first:
             return {}
         if not self.parts.is_first:
             for name in sorted(mine):
                 if self._owner(name) in (None, self.parts.rank):
                     self.parts.traffic.send(mine[name].detach().contiguous(), 0)
             return {}
-        dtype = next(iter(pieces.values())).dtype
         held: dict[str, list[Tensor]] = {}
         for rank, table in enumerate(self._tables):
-            for name in sorted(table):
+            for name in sorted(dtypes[rank]):
                 if self._owner(name) not in (None, rank):
                     continue
-                part = mine[name].detach() if not rank else torch.empty(table[name], dtype=dtype)
+                part = mine[name].detach() if not rank else torch.empty(table[name], dtype=dtypes[rank][name])
                 if rank:
                     self.parts.traffic.receive(part, rank)
                 held.setdefault(name, []).append(part)
@@ -105,10 +109,10 @@ class Parts(Single):
         }
 
     def room(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        dtypes = {name: dtype for told in self._dtypes(pieces) for name, dtype in told.items()}
         if not self.world.is_first:
             return {}
-        dtype = next(iter(pieces.values())).dtype
-        return {name: torch.empty(shape, dtype=dtype) for name, shape in self._shapes().items()}
+        return {name: torch.empty(self._shape(name), dtype=dtype) for name, dtype in sorted(dtypes.items())}
 
     def deal(self, whole: Mapping[str, Tensor], pieces: Mapping[str, Tensor]) -> None:
         mine = self.inner.room(pieces)
@@ -126,7 +130,7 @@ class Parts(Single):
                     mine[name].copy_(part)
                 return
             for rank in reversed(range(self.parts.size)):
-                for name in sorted(self._tables[rank]):
+                for name in sorted(self._tables[rank].keys() & whole.keys()):
                     part = self._cut(name, whole[name], rank)
                     if rank:
                         self.parts.traffic.send(part.contiguous(), rank)
@@ -135,7 +139,7 @@ class Parts(Single):
 
     def _cut(self, name: str, whole: Tensor, rank: int) -> Tensor:
         axis = self.axes.get(name)
-        return whole if axis is None else whole.chunk(self.parts.size, axis)[rank]
+        return whole if axis is None else whole.chunk(self.split.size, axis)[rank % self.split.size]
 
     def _owner(self, name: str) -> int | None:
         """The first of the parts that has a tensor whole; None where it is cut and each has some of it."""
@@ -143,24 +147,29 @@ class Parts(Single):
             return None
         return next(rank for rank, table in enumerate(self._tables) if name in table)
 
-    def _shapes(self) -> dict[str, list[int]]:
-        """The shapes of all whole tensors of the model that train."""
-        found = {}
-        for table in self._tables:
-            for name, shape in table.items():
-                axis = self.axes.get(name)
-                sizes = [size * self.parts.size if at == axis else size for at, size in enumerate(shape)]
-                found[name] = sizes
-        return dict(sorted(found.items()))
+    def _shape(self, name: str) -> list[int]:
+        """Of the whole tensor."""
+        part = next(table[name] for table in self._tables if name in table)
+        return [size * self.split.size if at == self.axes.get(name) else size for at, size in enumerate(part)]
+
+    def _dtypes(self, pieces: Mapping[str, Tensor]) -> list[dict[str, torch.dtype]]:
+        """Of the pieces of each part, by name; none where there are none yet, as of moments before the first step."""
+        told = self.parts.told({name: str(piece.dtype).removeprefix("torch.") for name, piece in pieces.items()})
+        return [{name: getattr(torch, dtype) for name, dtype in held.items()} for held in told]
 
     def _add_up(self, names: Collection[str], among: World) -> None:
-        """Makes the sum over some processes the gradient of each of them."""
-        held = {name: self.masters[name] for name in sorted(names) if self.masters[name].grad is not None}
+        """Makes the sum over some processes, whose pieces are of the same numbers, the gradient of each of them.
+
+        A loss may reach what is tied on one of them alone.
+        """
+        held = {name: self.pieces[name] for name in sorted(names)}
         for bucket in fill(held, among.size):
             first = held[next(iter(bucket.spans))]
             flat = bucket.zeros(first.dtype, first.device)
             for name in bucket.spans:
-                bucket.put(flat, name, held[name].grad)  # type: ignore[arg-type]
+                gradient = held[name].grad
+                if gradient is not None:
+                    bucket.put(flat, name, gradient)
             among.traffic.all_reduce(flat)
             for name in bucket.spans:
                 held[name].grad = bucket.get(flat, name).view(held[name].shape)

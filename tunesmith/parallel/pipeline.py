@@ -8,14 +8,15 @@ al. 2019, arXiv 1806.03377; interleaved: Narayanan et al. 2021, arXiv 2104.04473
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from tunesmith.core.errors import ConfigError
-from tunesmith.models.ports import Port
+from tunesmith.core.types import Batch
+from tunesmith.models.ports import Port, attached_to
 from tunesmith.models.targets import block_paths
 from tunesmith.models.trunk import current_cut
 from tunesmith.parallel.layout import LayoutSection
@@ -36,13 +37,15 @@ class Pipeline(Parts):
 
     def adopt(self, tuned: Any) -> Any:
         """The same with the blocks of this process alone. Raises ConfigError where one would have nothing to train."""
+        tuned = super().adopt(tuned)
         policy = tuned.policy
         stages = _stages_of(policy, spans(len(block_paths(policy.model, policy.family)), self.section.stages))
-        mine = {stage for stage in range(self.section.stages) if stage % self.parts.size == self.parts.rank}
+        mine = {stage for stage in range(self.section.stages) if stage % self.pipe.size == self.pipe.rank}
         trained = {name: stages[id(parameter)] for name, parameter in tuned.parameters.items()}
         self._check(trained)
         lowest = min(min(held) for held in trained.values())
         self._tied = {name for name, held in trained.items() if len(held) > 1}
+        self.inner.apart = self._tied
         self._join_ends()
         tuned.parameters = {name: held for name, held in tuned.parameters.items() if trained[name] & mine}
         if 0 not in mine:
@@ -50,33 +53,44 @@ class Pipeline(Parts):
         for parameter in policy.model.parameters():
             if not stages[id(parameter)] & mine:
                 parameter.data = parameter.data.new_empty(0)
-        self.engine = Engine(policy, self.section, self.parts, self.mesh.get_group("parts"), lowest)
-        self.passes = self.engine.step
+        self.engine = Engine(policy, self.section, self.pipe, self.mesh.get_group("pipe"), lowest, self.passed)
+        self.passes = self._passes
         tuned.policy = _StagedPolicy(policy, self.engine)
         return tuned
 
     def reduce(self, names: Collection[str]) -> set[str]:
+        unreached = super().reduce(names)
         if self._ends is not None:
             self._add_up(self._tied & set(names), self._ends)
-        return super().reduce(names)
+        return unreached
 
     def facts(self) -> dict[str, Any]:
         return super().facts() | self.engine.facts()
+
+    def _passes(
+        self, objective: Any, batches: Sequence[Batch], weight: float, reseed: Callable[[int], object]
+    ) -> list[Tensor]:
+        """All passes of a step: `layout.Passes`."""
+        most = int(self.data.most(len(batches)))
+        totals = self.engine.step(objective, batches, weight, reseed)
+        # others with this part may have more micro-batches, and wait for it after each
+        for _ in range(most - len(batches)):
+            self.passed()
+        return totals
 
     def _join_ends(self) -> None:
         """The processes of the first and the last stage as a world; every process takes part in making them all."""
         if not self._tied:
             return
-        size = self.parts.size
-        for replica in range(self.world.size // size):
-            first, last = replica * size, replica * size + size - 1
-            group = dist.new_group([first, last])
-            if self.world.rank in (first, last):
-                self._ends = self.world.within(group)
+        for replica in self.mesh.mesh.tolist():
+            for first, last in zip(replica[0], replica[-1], strict=True):
+                group = dist.new_group([first, last])
+                if self.world.rank in (first, last):
+                    self._ends = self.world.within(group)
 
     def _check(self, trained: dict[str, set[int]]) -> None:
-        for rank in range(self.parts.size):
-            if not any(stage % self.parts.size == rank for held in trained.values() for stage in held):
+        for rank in range(self.pipe.size):
+            if not any(stage % self.pipe.size == rank for held in trained.values() for stage in held):
                 told = f"process {rank} of the pipeline would have nothing to train"
                 raise ConfigError(told, where="layout.pipeline", hint="fewer processes, or targets in all blocks")
 
@@ -94,9 +108,15 @@ class _StagedPolicy:
         self._policy.train(mode)
         return self
 
-    def token_losses(self, batch: Any) -> Tensor:
+    def token_losses(self, batch: Batch) -> Tensor:
         """As `Policy.token_losses`, on every process, without gradients."""
-        return self._engine.token_losses(batch)
+        return self._engine.asked(batch, lambda policy, batch: policy.token_losses(batch), batch.targets.shape)
+
+    def scores(self, batch: Batch) -> Tensor:
+        """As `Policy.scores`, likewise."""
+        (head,) = attached_to(self._policy.model).heads.values()
+        rows = batch.sources.numel() if head.pooling == "token" else len(batch.lengths)
+        return self._engine.asked(batch, lambda policy, batch: policy.scores(batch), (rows, head.problem.outputs))
 
 
 def _stages_of(policy: Any, held: list[Span]) -> dict[int, set[int]]:
@@ -108,6 +128,7 @@ def _stages_of(policy: Any, held: list[Span]) -> dict[int, set[int]]:
         block = next((number for number, name in enumerate(paths) if path.startswith(name + ".")), None)
         stage = last if block is None else next(at for at, span in enumerate(held) if span.holds(block))
         found.setdefault(id(parameter), set()).add(stage)
+    found |= {id(held): {last} for head in attached_to(model).heads.values() for held in head.parameters()}
     embed = model.get_input_embeddings()
     for parameter in embed.parameters():
         # a head that shares it has put it on the last stage

@@ -20,6 +20,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.switches import without
 from tunesmith.core.types import Batch
+from tunesmith.models.cross_entropy import wide
 from tunesmith.models.trunk import Cut
 from tunesmith.parallel.layout import LayoutSection
 from tunesmith.parallel.traffic import Traffic
@@ -53,25 +54,34 @@ class Engine:
         parts: the processes of the pipeline.
         group: torch's name for them.
         lowest: the lowest stage with something to train: what comes from below it needs no gradient.
+        passed: is called after each backward pass.
     """
 
-    def __init__(self, policy: Any, section: LayoutSection, parts: World, group: Any, lowest: int) -> None:
-        blocks = int(policy.config.num_hidden_layers)
-        held = spans(blocks, section.stages)
+    def __init__(
+        self,
+        policy: Any,
+        section: LayoutSection,
+        parts: World,
+        group: Any,
+        lowest: int,
+        passed: Callable[[], None],
+    ) -> None:
+        held = spans(int(policy.config.num_hidden_layers), section.stages)
+        self.passed = passed
         self.policy, self.section, self.parts, self.group, self.lowest = policy, section, parts, group, lowest
         self.numbers = [number for number in range(len(held)) if number % parts.size == parts.rank]
         self.has_last = len(held) - 1 in self.numbers
         self.modules = [_Blocks(self, held[number]) for number in self.numbers]
         self.batches: Sequence[Batch] = ()
         self.reseed: Callable[[int], object] = lambda micro: None
-        self.answer: Callable[[Any, Batch], Tensor] = lambda policy, batch: policy.token_losses(batch)
+        self.answer: Callable[[Any, Batch], Tensor]
         self.busy_seconds = self.seconds = 0.0
         self.ideal = [0.0, 0]
 
     def step(
         self, objective: Any, batches: Sequence[Batch], weight: float, reseed: Callable[[int], object]
     ) -> list[Tensor]:
-        """All passes of a step: `layout.Passes`."""
+        """All passes of a step: `layout.Passes`, of a pipeline without replicas."""
         count = len(batches)
         if not count:
             return []
@@ -96,16 +106,15 @@ class Engine:
         self.parts.traffic.broadcast(found, self.parts.size - 1)
         return list(found.unbind())
 
-    def token_losses(self, batch: Batch) -> Tensor:
-        """Losses of the targets of a batch, float32 [supervised], in every process of the pipeline; no gradients."""
-        self.batches, self.reseed = [batch], lambda micro: None
-        self.answer = lambda policy, batch: policy.token_losses(batch)
+    def asked(self, batch: Batch, answer: Callable[[Any, Batch], Tensor], shape: Sequence[int]) -> Tensor:
+        """What the policy answers of this shape, float32 or wider, in every process of the pipeline; no gradients."""
+        self.batches, self.reseed, self.answer = [batch], lambda micro: None, answer
         busy_seconds = self.busy_seconds
         with torch.no_grad():
             found = self._run(self._schedule(1, None), is_taught=False)
         self.batches, self.busy_seconds = (), busy_seconds  # the share is that of steps
         if not self.has_last:
-            found = torch.zeros(batch.targets.numel(), dtype=torch.float32, device=batch.ids.device)
+            found = torch.zeros(*shape, dtype=wide(self.policy.model.dtype), device=batch.ids.device)
         self.parts.traffic.broadcast(found, self.parts.size - 1)
         return found
 
@@ -196,6 +205,7 @@ class _Stage(PipelineStage):
         began = time.perf_counter()
         found = super().backward_one_chunk(*args, **kwargs)
         self.engine.busy_seconds += time.perf_counter() - began
+        self.engine.passed()
         return found
 
 
@@ -211,8 +221,8 @@ def spans(blocks: int, stages: int) -> list[Span]:
 def levelled(batches: Sequence[Batch], count: int) -> list[Batch]:
     """Micro-batches of one length, as long as the longest, and `count` of them: what is added is not supervised."""
     tokens = max(batch.ids.numel() for batch in batches)
-    none = batches[0].ids.new_zeros(0)
-    empty = Batch(none, none, (), none, none, ())
+    none, labels = batches[0].ids.new_zeros(0), batches[0].labels
+    empty = Batch(none, none, (), none, none, (), None if labels is None else labels[:0])
     return [_filled(batch, tokens) for batch in (*batches, *[empty] * (count - len(batches)))]
 
 
@@ -250,8 +260,20 @@ def _total(objective: Any, policy: Any, batch: Batch) -> Tensor:
     if not objective.weight(batch):
         nothing: Tensor = policy.hidden(batch).sum() * 0.0
         return nothing
-    total: Tensor = objective.loss(policy, batch).total
+    total: Tensor = objective.loss(policy if batch.labels is None else _Labelled(policy), batch).total
     return total
+
+
+class _Labelled:
+    """A policy that says nothing of the documents with which a micro-batch was filled: they have no labels."""
+
+    def __init__(self, policy: Any) -> None:
+        self._policy = policy
+
+    def scores(self, batch: Batch) -> Tensor:
+        assert batch.labels is not None
+        found: Tensor = self._policy.scores(batch)
+        return found[: len(batch.labels)]
 
 
 def _counted(traffic: Traffic, sends: list[Any]) -> list[Any]:

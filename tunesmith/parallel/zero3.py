@@ -22,21 +22,16 @@ from tunesmith.models.copies import swaps
 from tunesmith.models.ports import Port, attached_to, ports
 from tunesmith.models.recompute import Blocks
 from tunesmith.parallel.ddp import refuse_watchers
-from tunesmith.parallel.layout import Held, Single
-from tunesmith.parallel.pieces import Place, collect, hand_out
+from tunesmith.parallel.layout import Held
+from tunesmith.parallel.pieces import Place
+from tunesmith.parallel.sharded import Sharded
 from tunesmith.parallel.traffic import CountedAllGather, CountedReduceScatter
-from tunesmith.parallel.world import World
 
 
-class Zero3(Single):
+class Zero3(Sharded):
     """Weights, gradients and optimizer state in parts, by rows of every tensor."""
 
-    world: World
     in_step = in_parts = True
-
-    def __init__(self, world: World) -> None:
-        super().__init__(world)
-        self.places: dict[str, Place] = {}
 
     def adopt(self, tuned: Any) -> Any:
         """The same with its weights in parts. Raises ConfigError for a method that needs them whole."""
@@ -80,32 +75,12 @@ class Zero3(Single):
             self.masters[name].grad = None
         return {name for name, count in zip(ordered, reached, strict=True) if not count}
 
-    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        mine = [gradient for gradient in gradients if gradient.numel()]
-        square = float(super().norm(mine)) ** 2 if mine else 0.0
-        return torch.tensor(self.sum(square), dtype=torch.float64).sqrt()
-
     def publish(self, held: Held, names: Collection[str]) -> None:
         """Nothing to do: a piece is part of the parameter itself."""
-
-    def clear(self) -> None:
-        for piece in self.pieces.values():
-            piece.grad = None
 
     def gradients(self) -> list[Tensor]:
         of_masters = [master.grad.to_local() for master in self.masters.values() if master.grad is not None]  # type: ignore[attr-defined]
         return [*of_masters, *(piece.grad for piece in self.pieces.values() if piece.grad is not None)]
-
-    def whole(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return collect(self.world, self.places, pieces)
-
-    def room(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if not self.world.is_first:
-            return {}
-        return {name: torch.empty(self.places[name].shape, dtype=piece.dtype) for name, piece in pieces.items()}
-
-    def deal(self, whole: Mapping[str, Tensor], pieces: Mapping[str, Tensor]) -> None:
-        hand_out(self.world, self.places, whole, pieces)
 
     def _shard(self, root: _Root, policy: Any, precision: MixedPrecisionPolicy) -> None:
         device = next(iter(_held(policy.model))).device

@@ -9,19 +9,19 @@ gradients; what nothing trains below needs none.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tunesmith.parallel.layout import LayoutSection
 from tunesmith.parallel.stages import idle_share, spans, wanted
+from tunesmith.parallel.tensor import INSERTS, ON_PARTS, ROWS
 from tunesmith.plan.memory import Memory, TensorSpec, count_memory
 from tunesmith.plan.plan import Plan
 from tunesmith.plan.spread import Spread
 
 _BLOCK = re.compile(r"\blayers\.(\d+)\.(.+)")
-_MAP = re.compile(r"(?:self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\.(?:(weight|bias)|inserts\.[^.]+\.[^.]+\.([AB]))")
-_COLUMNS = ("q", "k", "v", "gate", "up")
+_MAP = re.compile(r"(?:self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\.(?:(weight|bias)|inserts\.[^.]+\.[^.]+\.(\w+))$")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class PartsSpread:
         """The plan of the process that holds most; `seconds` as if each had a machine like this one, without
         communication, with what a pipeline waits."""
         section = self.section
-        sent = max((self.sent_bytes(rank, specs) for rank in range(self.parts)), key=lambda found: sum(found.values()))
+        ranks = range(section.parts)
+        sent = max((self.sent_bytes(rank, specs) for rank in ranks), key=lambda found: sum(found.values()))
         told: dict[str, Any] = {
             "processes": section.processes,
             "shard": section.shard,
@@ -67,11 +68,6 @@ class PartsSpread:
         return replace(plan, memory=self.memory(plan.memory, specs), seconds=seconds, layout=told)
 
     @property
-    def parts(self) -> int:
-        """Processes that hold one model together."""
-        return self.section.processes // self.section.data
-
-    @property
     def sent_micro_batches(self) -> int:
         """Micro-batches of a step with those that a schedule adds."""
         return wanted(self.micro_batches, self.section)
@@ -79,7 +75,7 @@ class PartsSpread:
     def memory(self, whole: Memory, specs: Sequence[TensorSpec]) -> Memory:
         """What the fullest process holds. Activations of a part of a matrix count as the whole's: an upper bound."""
         data = Spread(self.section.data, self.section.shard)
-        held = [data.memory(self._counted(self.mine(rank, specs)), specs) for rank in range(self.parts)]
+        held = [data.memory(self._counted(self.mine(rank, specs)), specs) for rank in range(self.section.parts)]
         fullest = max(held, key=lambda memory: memory.state_bytes)
         if self.section.pipeline == 1:
             saved = whole.state_bytes - fullest.state_bytes
@@ -94,12 +90,12 @@ class PartsSpread:
 
     def mine(self, rank: int, specs: Sequence[TensorSpec]) -> list[TensorSpec]:
         """The tensors of a part."""
-        if self.section.pipeline > 1:
-            return [spec for spec in specs if rank in {stage % self.parts for stage in self._stages(spec, specs)}]
-        found = []
+        own, found = self._own(rank), []
         for spec in specs:
-            axis = _axis(spec.name)
-            sizes = [size // self.parts if at == axis else size for at, size in enumerate(spec.shape)]
+            if not self._stages(spec, specs) & own:
+                continue
+            axis = _axis(spec.name) if self.section.tensor > 1 else None
+            sizes = [size // self.section.tensor if at == axis else size for at, size in enumerate(spec.shape)]
             found.append(replace(spec, shape=tuple(sizes)))
         return found
 
@@ -109,36 +105,48 @@ class PartsSpread:
         data = Spread(self.section.data, self.section.shard, self.micro_batches)
         sent = data.sent_bytes(self._counted(mine), mine)
         sent["activations"] = self.activations_sent_bytes(rank, specs)
-        share = (self.parts - 1) / self.parts if self.section.tensor > 1 else 1 / 2
-        reduced = round(2 * share * self._added_up_bytes(rank, mine, specs))
+        reduced = round(self._added_up_bytes(mine, specs))
         if reduced:
             sent["all_reduce"] = sent.get("all_reduce", 0) + reduced
         return sent
 
     def activations_sent_bytes(self, rank: int, specs: Sequence[TensorSpec]) -> int:
         """Of activations and their gradients."""
-        if self.section.tensor > 1:
-            each = self.tokens * self.width * self.item_bytes
-            return round(2 * (self.parts - 1) / self.parts * each * (2 * self.blocks + self._sums_backward(specs)))
-        each = self.sent_micro_batches * self.longest * self.width * self.item_bytes
-        last = self.section.stages - 1
+        # a pipeline makes micro-batches equally long
+        tokens = self.sent_micro_batches * self.longest if self.section.pipeline > 1 else self.tokens
+        each, own, last = tokens * self.width * self.item_bytes, self._own(rank), self.section.stages - 1
         lowest = min(min(self._stages(spec, specs)) for spec in specs if spec.trainable)
-        own = [stage for stage in range(last + 1) if stage % self.parts == rank]
-        return each * sum((stage < last) + (stage > lowest) for stage in own)
+        between = sum((stage < last) + (stage > lowest) for stage in own)
+        return each * between + round(2 * self._leaves(self.section.tensor) * each * self._sums(own, specs))
 
-    def _added_up_bytes(self, rank: int, mine: Sequence[TensorSpec], specs: Sequence[TensorSpec]) -> int:
-        """Gradients in float32 that parts add up: of whole tensors within cut maps, or of a tied weight."""
+    def _own(self, rank: int) -> set[int]:
+        """The stages of a part; those with the same stages are side by side."""
+        place = rank // self.section.tensor
+        return {stage for stage in range(self.section.stages) if stage % self.section.pipeline == place}
+
+    @staticmethod
+    def _leaves(size: int) -> float:
+        """The share of a buffer that leaves a process when so many scatter its sums or gather it."""
+        return (size - 1) / size
+
+    def _added_up_bytes(self, mine: Sequence[TensorSpec], specs: Sequence[TensorSpec]) -> float:
+        """Sent to add up gradients in float32 over parts: of whole tensors within cut maps, and of a tied weight.
+        Where replicas split their state, these are of its pieces."""
         trained = [spec for spec in mine if spec.trainable]
-        if self.section.tensor > 1:
-            return sum(4 * spec.count for spec in trained if _is_shared(spec.name))
-        return sum(4 * spec.count for spec in trained if len(self._stages(spec, specs)) > 1)
+        within = sum(spec.count for spec in trained if _is_shared(spec.name))
+        tied = sum(spec.count for spec in trained if len(self._stages(spec, specs)) > 1)
+        pieces = 1 if self.section.shard == "none" else self.section.data
+        return 2 * 4 * (self._leaves(self.section.tensor) * within + self._leaves(2) * tied) / pieces
 
-    def _sums_backward(self, specs: Sequence[TensorSpec]) -> int:
-        """Sums of gradients in a backward: into attention and MLP of every block with something to train below."""
+    def _sums(self, own: Collection[int], specs: Sequence[TensorSpec]) -> int:
+        """Sums of activations in the blocks of some stages: two of each forward, and backward those into attention and
+        MLP with something to train below."""
+        held = spans(self.blocks, self.section.stages)
+        blocks = [block for block in range(self.blocks) if any(held[stage].holds(block) for stage in own)]
         places = [_place(spec.name) for spec in specs if spec.trainable]
-        lowest = min(place for place in places if place is not None)
-        into = [(block, part) for block in range(self.blocks) for part in (_ATTENTION, _MLP)]
-        return sum(lowest < place for place in into)
+        lowest = min((place for place in places if place is not None), default=(self.blocks, _BEFORE))
+        into = [(block, part) for block in blocks for part in (_ATTENTION, _MLP)]
+        return 2 * len(blocks) + sum(lowest < place for place in into)
 
     def _stages(self, spec: TensorSpec, specs: Sequence[TensorSpec]) -> set[int]:
         block, last = _BLOCK.search(spec.name), self.section.stages - 1
@@ -175,15 +183,16 @@ def _axis(name: str) -> int | None:
     found = _MAP.search(name)
     if found is None:
         return None
-    role, own, factor = found.groups()
-    if role in _COLUMNS:
-        return 0 if factor != "A" else None
-    return 1 if factor != "B" and own != "bias" else None
+    role, own, inserted = found.groups()
+    side = int(role in ROWS)
+    if own is None:
+        return INSERTS.get(inserted, (None, None))[side]
+    return side if own == "weight" or not side else None
 
 
 def _is_shared(name: str) -> bool:
-    """Whether a parameter is whole within a map that is cut, or a norm of heads."""
+    """Whether a parameter is whole and acts on parts: within a map that is cut, or as a norm of heads."""
     found = _MAP.search(name)
     if found is None:
         return ".self_attn." in name and "norm" in name
-    return _axis(name) is None
+    return found.group(3) in ON_PARTS and _axis(name) is None

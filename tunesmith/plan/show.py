@@ -66,9 +66,9 @@ def _headline(plan: dict[str, Any]) -> str:
 
 def _spread(layout: dict[str, Any]) -> str:
     held = "each holds all" if layout["shard"] == "none" else layout["shard"]
-    kind = next((name for name in ("tensor", "pipeline") if layout.get(name, 1) > 1), "")
-    if kind:
-        held = f"{kind} {layout[kind]}" + ("" if layout["shard"] == "none" else f", {layout['shard']}")
+    kinds = [f"{name} {layout[name]}" for name in ("tensor", "pipeline") if layout.get(name, 1) > 1]
+    if kinds:
+        held = ", ".join([*kinds, *([] if layout["shard"] == "none" else [layout["shard"]])])
     sent = in_bytes(layout["sent_bytes"])
     return f"{layout['processes']} processes ({held}), each with this memory; each sends {sent} a step"
 
