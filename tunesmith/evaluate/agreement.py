@@ -56,7 +56,7 @@ class Agreement(Metric):
         raise NotImplementedError
 
     def measure(self, found: Iterable[tuple[int, list[int]]], draws: int = DRAWS) -> Interval | None:
-        """The coefficient of (prompt, labels of a unit); None where nothing can be compared."""
+        """The coefficient of (prompt, labels of a unit); None where it is not defined, as with one label alone."""
         import numpy as np
 
         by_prompt: dict[int, list[float]] = {}
@@ -64,7 +64,10 @@ class Agreement(Metric):
             if len(labels) > 1:
                 row = by_prompt.setdefault(prompt, [0.0] * 9)
                 by_prompt[prompt] = [one + other for one, other in zip(row, self.counts(labels), strict=True)]
-        return interval(self, np.array(list(by_prompt.values())), draws=draws) if by_prompt else None
+        rows = np.array(list(by_prompt.values()))
+        if not by_prompt or np.isnan(self.value(rows.sum(0))):
+            return None
+        return interval(self, rows, draws=draws)
 
 
 class Cohen(Agreement):
