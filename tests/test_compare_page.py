@@ -103,9 +103,9 @@ def test_four_answers_are_ranked_with_ties_by_keys_and_by_dragging(browser: Any,
         page.keyboard.press("Enter")
         at(page, 1)
         for letter, rank in (("D", 1), ("C", 2), ("A", 4), ("B", 4)):
+            page.mouse.wheel(0, 5000)  # to the end, where the buttons cover nothing
+            page.wait_for_timeout(100)
             chip = page.locator(".chip", has_text=letter)
-            chip.scroll_into_view_if_needed()
-            page.locator(f'.tier[data-rank="{rank}"]').scroll_into_view_if_needed()
             start, end = chip.bounding_box(), page.locator(f'.tier[data-rank="{rank}"]').bounding_box()
             page.mouse.move(start["x"] + 10, start["y"] + 10)
             page.mouse.down()
@@ -161,8 +161,8 @@ def test_a_judgement_is_sent_until_the_server_is_back(browser: Any, tmp_path: Pa
 
 
 def test_fifty_hostile_texts_stay_texts(browser: Any, tmp_path: Path) -> None:
-    """As prompts, answers, comments and names of systems, on the page and on the statistics. Nothing is executed, loaded
-    or followed. Kills: an answer that is read as HTML, a link that can be clicked, a sign that hides what is written."""
+    """As prompts, answers, comments and names of systems, on the page and on the statistics. Nothing is executed,
+    loaded or followed. Kills: an answer that is read as HTML, a link that leads away, a hidden sign."""
     assert len(HOSTILE) == 50
     (tmp_path / "c").mkdir()
     store = Store(connect(f"sqlite:///{tmp_path / 'c' / 'compare.sqlite'}"))
