@@ -17,6 +17,7 @@ from typing import Any
 from tunesmith.core.amounts import in_bytes, in_count, in_time
 from tunesmith.core.errors import ConfigError, DataError
 from tunesmith.core.files import os_error, read_json, strict_loads, write_atomic
+from tunesmith.core.visible import visible
 from tunesmith.core.yaml import read_yaml_text
 from tunesmith.evaluate import story
 
@@ -70,14 +71,20 @@ def render_page(name: str, page: dict[str, Any]) -> str:
     from jinja2 import Environment, StrictUndefined
 
     home = resources.files("tunesmith.evaluate")
-    style = home.joinpath("report.css").read_text("utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(bytes=in_bytes, count=in_count, time=in_time, visible=story.visible)
+    environment.filters.update(bytes=in_bytes, count=in_count, time=in_time, visible=visible)
     template = environment.from_string(home.joinpath(name).read_text("utf-8"))
-    # the hash lets this style in and no other, wherever it may come from
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    return template.render(page, style=style, policy=policy)
+    return template.render(page, style=_style(), policy=page_policy())
+
+
+def page_policy() -> str:
+    """The content policy of these pages: their own style by its hash, and nothing else from anywhere."""
+    digest = base64.b64encode(hashlib.sha256(_style().encode()).digest()).decode()
+    return f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+
+
+def _style() -> str:
+    return resources.files("tunesmith.evaluate").joinpath("report.css").read_text("utf-8")
 
 
 def _text(path: Path) -> str:

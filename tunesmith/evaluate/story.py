@@ -16,16 +16,13 @@ from typing import Any
 from markupsafe import Markup
 
 from tunesmith.core.amounts import in_bytes, in_count, in_time
+from tunesmith.core.visible import visible
 from tunesmith.evaluate import plots
 from tunesmith.evaluate.verdict import headline, listed, mapping, metric_name, number, score, score_tables
 
 _STATUS = {"finished": "good", "done": "good", "diverged": "bad", "failed": "bad"}
 _LONG = 700  # characters of a sample shown before it is folded
 _LONGEST = 20_000
-# characters that would vanish, break the file or turn the reading order are shown as pictures or by number
-_CONTROLS: dict[int, int | str] = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-_CONTROLS |= {127: 0x2421}
-_CONTROLS |= {code: f"[U+{code:04X}]" for code in (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 @dataclass(frozen=True)
@@ -255,12 +252,6 @@ def folded(text: Any) -> dict[str, Any]:
     is_long = len(whole) > _LONG or whole.count("\n") > 16
     start = "\n".join(whole[: _LONG // 2].split("\n")[:8]) if is_long else ""
     return {"whole": whole, "start": start}
-
-
-def visible(text: Any) -> str:
-    """A text that a page can hold: control characters as pictures, halves of surrogate pairs replaced."""
-    plain = text if isinstance(text, str) else "" if text is None else str(text)
-    return plain.translate(_CONTROLS).encode("utf-8", "replace").decode("utf-8")
 
 
 def facts(files: Files) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
-from tunesmith.core.progress import progress_bar
+from tunesmith.core.progress import Progress, progress_bar
 from tunesmith.data.encode import prompt_ids
 from tunesmith.data.rows import Dialogue, Message
 from tunesmith.run.exam import common_prefix
@@ -44,15 +45,22 @@ class Speaker:
         return list(dataset.dialogues(rows))
 
     def answer(
-        self, dialogues: list[Dialogue], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+        self,
+        dialogues: list[Dialogue],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        progress: Progress | None = None,
     ) -> list[dict[str, Any]]:
-        """[{prompt, completion, tokens}], in the order of the questions."""
+        """[{prompt, completion, tokens}], in the order of the questions; without `progress` a bar is shown."""
         prompts = [prompt_ids(dialogue, self.template, self.codec) for dialogue in dialogues]
         shared = common_prefix(prompts)
         from tunesmith.models.generate import generate
 
         opened = self.opened
-        with progress_bar("writing", len(prompts), bytes_=False) as report:
+        shown = progress_bar("writing", len(prompts), bytes_=False)
+        with nullcontext(progress) if progress else shown as report:
             found = generate(
                 opened.loaded,
                 opened.route,
