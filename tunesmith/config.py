@@ -241,7 +241,7 @@ def _keys_at(section: type[BaseModel], path: list[str]) -> list[str]:
         if not inner:
             return []
         section = inner[0]
-    return list(section.model_fields)
+    return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def as_dict(config: Config) -> dict[str, Any]:

@@ -55,15 +55,19 @@ def _show_rows(dataset: Any, rows: int) -> None:
         for piece in preview.pieces:
             text.append(piece.text, style="bold green" if piece.supervised else "dim" if piece.control else "")
         learnt_tokens = "" if preview.labels else f", {preview.supervised_tokens} supervised"
-        console.rule(f"{preview.where}: {preview.tokens} tokens{learnt_tokens}", align="left")
+        rank = f", {preview.rank}" if preview.rank else ""
+        console.rule(f"{preview.where}{rank}: {preview.tokens} tokens{learnt_tokens}", align="left")
         console.print(text)
         if preview.labels:
             labels = " ".join(preview.labels)
             console.print(Text.assemble(("learns to predict: ", "dim"), (labels, "bold green")))
             continue
+        if preview.rank and not preview.supervised_tokens:  # an encoder reads an answer to score it
+            continue
         # colour alone does not survive a pipe or a colour-blind reader
         learnt = "".join(piece.text for piece in preview.pieces if piece.supervised)
-        console.print(Text.assemble(("learns to write: ", "dim"), (learnt, "bold green")))
+        what = f"answer, {preview.rank}: " if preview.rank else "learns to write: "
+        console.print(Text.assemble((what, "dim"), (learnt, "bold green")))
     if rows:
         console.rule()
 

@@ -14,7 +14,10 @@ from tunesmith.core.errors import ModelError
 
 HEAD_SETTINGS = "predict.json"  # in a model's folder: what its head predicts
 HEAD_KEY = "tunesmith_predict"  # the same in adapter_config.json
-ProblemKind = Literal["classification", "regression", "tokens"]
+ProblemKind = Literal["classification", "regression", "tokens", "reward"]
+CLASSES = ("classification", "tokens")  # kinds that choose among labels
+Comparison = Literal["rankings", "pairs", "judged"]
+"""Which answers a row has for those that compare: two or more with ranks; two; two, or one that is good or bad."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,8 @@ class Problem:
     """One question and its possible answers.
 
     Attributes:
-        kind: one label a document, one number a document, or one label a word.
-        labels: their names, in the order of the outputs; none for regression.
+        kind: one label a document, one number a document, one label a word, or one score an answer.
+        labels: their names, in the order of the outputs; none for numbers and scores.
         seed: of the initial values of a head for it.
     """
 
@@ -34,7 +37,7 @@ class Problem:
     @property
     def outputs(self) -> int:
         """Numbers that a head gives."""
-        return 1 if self.kind == "regression" else len(self.labels)
+        return len(self.labels) if self.kind in CLASSES else 1
 
     def as_dict(self) -> dict[str, Any]:
         """What is kept beside a trained head."""
@@ -42,8 +45,8 @@ class Problem:
 
     def line(self) -> str:
         """In words."""
-        if self.kind == "regression":
-            return "a number for each text"
+        if self.kind not in CLASSES:
+            return "a number for each text" if self.kind == "regression" else "a score for each answer"
         names = ", ".join(self.labels[:12]) + (" ..." if len(self.labels) > 12 else "")
         each = "text" if self.kind == "classification" else "word"
         return f"one of {len(self.labels)} labels for each {each}: {names}"
@@ -55,7 +58,7 @@ def read_problem(found: Any, where: str) -> Problem:
     listed: Any = settings.get("labels")
     labels = [label for label in listed if isinstance(label, str)] if isinstance(listed, list) else []
     for kind in get_args(ProblemKind):
-        enough = len(set(labels)) == len(labels) >= 2 if kind != "regression" else not labels
+        enough = len(set(labels)) == len(labels) >= 2 if kind in CLASSES else not labels
         if settings.get("problem") == kind and labels == listed and enough:
             return Problem(kind, tuple(labels))
     raise ModelError("does not say what the head predicts: {problem, labels}", where=where)

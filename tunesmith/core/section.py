@@ -19,6 +19,7 @@ class Section(BaseModel):
         strict=True,
         allow_inf_nan=False,
         protected_namespaces=(),
+        serialize_by_alias=True,  # a key that Python has a method or a keyword for is called otherwise in the class
         validate_default=True,
     )
 

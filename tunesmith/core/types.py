@@ -31,6 +31,8 @@ class Batch:
             [labelled tokens]; in the last case `sources` are the very tokens that have a label.
         types: int64 [tokens], which of two texts a token is of, for tokenizers that say so.
         prompts: tokens of each document before its first supervised one, where they are known without looking.
+        answers: documents of each row, where a row is several answers to one prompt.
+        ranks: int64 [documents], of each answer within its row: lower is better, equal is a tie.
     """
 
     ids: Tensor
@@ -42,10 +44,17 @@ class Batch:
     labels: Tensor | None = None
     types: Tensor | None = None
     prompts: tuple[int, ...] = ()
+    answers: tuple[int, ...] = ()
+    ranks: Tensor | None = None
+
+    @property
+    def row_count(self) -> int:
+        """Rows of the data, each of one document or of several answers."""
+        return len(self.answers) or len(self.lengths)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        moved = {name: getattr(self, name) for name in ("ids", "positions", "sources", "targets", "labels", "types")}
+        moved = {name: getattr(self, name) for name in ("ids", "positions", "sources", "targets", "labels", "types", "ranks")}
         return replace(self, **{name: tensor.to(device) for name, tensor in moved.items() if tensor is not None})
 
 

@@ -16,11 +16,12 @@ from tunesmith.data.encode import Example
 def to_batch(examples: Sequence[Example]) -> Batch:
     """A Batch of these documents, int64 on the CPU: `ids` and `positions` [tokens], `sources` [supervised].
 
-    Of examples with labels, `labels` holds one a document (int64 of labels, float32 of scores), or one a
+    A row with answers to compare is a document for each of them. Of examples with labels, `labels` holds one a document (int64 of labels, float32 of scores), or one a
     labelled token, whose places `sources` then are. Raises ValueError when there is no example.
     """
     if not examples:
         raise ValueError("a batch has at least one example")
+    rows, examples = examples, [document for row in examples for document in row.documents()]
     ids: list[int] = []
     positions: list[int] = []
     sources: list[int] = []
@@ -44,7 +45,14 @@ def to_batch(examples: Sequence[Example]) -> Batch:
         labels=_labels(examples),
         types=_types(examples),
         prompts=tuple(_first_supervised(example) for example in examples),
+        answers=tuple(len(row.lengths) for row in rows if row.lengths),
+        ranks=_ranks(rows),
     )
+
+
+def _ranks(rows: Sequence[Example]) -> torch.Tensor | None:
+    ranks = [rank for row in rows for rank in row.ranks]
+    return torch.tensor(ranks, dtype=torch.int64) if ranks else None
 
 
 def _labels(examples: Sequence[Example]) -> torch.Tensor | None:

@@ -125,6 +125,11 @@ class Codec:
         """The string of the beginning token."""
         return self.tokens.get("bos_token")
 
+    @property
+    def frames_pairs(self) -> bool:
+        """Whether texts are framed rather than written, two of them with a separator between: encoders' tokenizers."""
+        return self.chat_template is None and self.tokens.keys() >= {"cls_token", "sep_token"}
+
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id that encoding can give."""

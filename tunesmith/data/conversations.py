@@ -50,17 +50,21 @@ def call_text(name: Any, arguments: Any) -> str:
     return json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
 
 
-def _dialogue(data: dict[str, Any], key: str, role_key: str, content_key: str) -> Dialogue:
-    listed = data[key]
+def turns_of(listed: Any, key: str, role_key: str = "role", content_key: str = "content") -> tuple[Message, ...]:
+    """The turns of a list under a key, in either spelling, whatever their order. Raises DataError without a place."""
     if isinstance(listed, str):  # CSV and some Parquet files hold the list as text
         listed = _json(listed, f"the key {key!r}")
     if not isinstance(listed, list):
         raise DataError(f"the key {key!r} holds {describe(listed)}; a list of turns is needed")
     if not listed:
         raise DataError(f"the key {key!r} holds an empty list")
-    turns = [_turn(raw, number, role_key, content_key) for number, raw in enumerate(listed, start=1)]
+    return tuple(_turn(raw, number, role_key, content_key) for number, raw in enumerate(listed, start=1))
+
+
+def _dialogue(data: dict[str, Any], key: str, role_key: str, content_key: str) -> Dialogue:
+    turns = list(turns_of(data[key], key, role_key, content_key))
     turns = _with_system(turns, text(data, "system", optional=True), _tools(data.get("tools")))
-    _check_order(turns)
+    check_order(turns)
     return Dialogue(tuple(turns), references=texts(data, "references"))
 
 
@@ -146,7 +150,8 @@ def _with_system(turns: list[Message], *texts_: str) -> list[Message]:
     return [Message("system", "\n\n".join(parts)), *rest] if parts else rest
 
 
-def _check_order(turns: list[Message]) -> None:
+def check_order(turns: list[Message]) -> None:
+    """Raises DataError, without a place, for turns that are no conversation which ends with an answer."""
     roles = [turn.role for turn in turns]
     if not roles:
         raise DataError("there is a system turn and nothing else")

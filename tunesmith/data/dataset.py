@@ -13,13 +13,14 @@ from itertools import islice
 from typing import Any
 
 from tunesmith.core.errors import DataError, Problems
-from tunesmith.core.problem import Problem
+from tunesmith.core.problem import Comparison, Problem
 from tunesmith.data.codec import Codec
 from tunesmith.data.encode import Dropped, Example, encode_row, prompt_ids
+from tunesmith.data.encode_answers import encode_compared
 from tunesmith.data.formats import convert, format_of
 from tunesmith.data.labels import encode_labelled, label_numbers
-from tunesmith.data.preview import Preview, preview
-from tunesmith.data.rows import Dialogue, Labelled, Row, Tagged, Text
+from tunesmith.data.preview import Preview, previews
+from tunesmith.data.rows import Compared, Dialogue, Labelled, Row, Tagged, Text
 from tunesmith.data.section import DataSection, Part
 from tunesmith.data.sources import Source, open_source
 from tunesmith.data.statistics import DataStatistics, row_hash
@@ -39,9 +40,11 @@ class Dataset:
         sources: where rows come from; `weights` says how often an epoch sees each.
         formats: the format of each source.
         problem: what is to be predicted of the rows; None where text is learnt.
+        compares: which answers of the rows are to be compared; None where none are.
     """
 
     problem: Problem | None = None
+    compares: Comparison | None = None
 
     def __init__(self, sources: list[Source], weights: list[float], section: DataSection, codec: Codec) -> None:
         self.sources, self.weights, self.section, self.codec = sources, weights, section, codec
@@ -102,6 +105,8 @@ class Dataset:
             raise DataError("labelled words have no question and answer to evaluate", where=found.where)
         if isinstance(found, Text):
             raise DataError("running text has no question and answer to evaluate", where=found.where)
+        if isinstance(found, Compared):
+            return found.dialogues[0]  # the best answer is the one to be like
         return found.dialogue() if isinstance(found, Labelled) else found
 
     def places(self) -> Iterator[tuple[int, int]]:
@@ -171,14 +176,20 @@ class Dataset:
         found: list[Preview] = []
         for row in range(max(self.sizes, default=0)):
             for source in range(len(self.sources)):
-                if len(found) == count:
+                if len({shown.where for shown in found}) == count:
                     return found
                 if row < len(self.sources[source]):
                     example = self.example(source, row)
-                    found += [preview(example, self.codec, self.problem)] if isinstance(example, Example) else []
+                    found += previews(example, self.codec, self.problem) if isinstance(example, Example) else []
         return found
 
+    @property
+    def _is_labelled(self) -> bool:
+        return self.problem is not None and self.compares is None
+
     def _encoded(self, row: Row) -> Example | Dropped:
+        if self.compares is not None:
+            return encode_compared(row, self.template_of(row), self.codec, self.section.max_length, self.compares)
         if self.problem is not None:
             return encode_labelled(row, self.codec, self.section.max_length, self.problem)
         return encode_row(row, self.template_of(row), self.codec, self.section.max_length)
@@ -198,7 +209,7 @@ class Dataset:
                 self._kept[source] = keeper.made
             return
         for row, value in enumerate(self._kept[source].hashes()):
-            if self.problem is not None or value is None:
+            if self._is_labelled or value is None:
                 yield self._look(source, row, row < most, found)  # its labels are counted, or it is refused again
                 continue
             found.see(value)
@@ -217,7 +228,7 @@ class Dataset:
             converted = convert(raw.data, self.formats[source], raw.where)
             value = row_hash(raw.data)
             found.see(value)
-            if self.problem is not None:
+            if self.problem is not None and self._is_labelled:
                 found.judge(label_numbers(converted, self.problem), self.problem)
             if encode:
                 tokens = self._tokens(source, row) or self._encoded(converted)
@@ -242,13 +253,13 @@ class Dataset:
         """All that decides what the rows of a source become, beside the code."""
         form = self.formats[source]
         template = None
-        if self.problem is None and form != "text":
+        if not self._is_labelled and form != "text":
             used = self._plain if form == "prompt_completion" else self._chat
             template = [used.sha256, used.own]
         return {
             "rows": self.sources[source].sha256, "encoded": most, "format": form, "template": template,
             "tokenizer": self.codec.sha256, "max_length": self.section.max_length,
-            "problem": None if self.problem is None else self.problem.as_dict(),
+            "problem": None if self.problem is None else self.problem.as_dict(), "compares": self.compares,
         }  # fmt: skip
 
     def _dialogues(self) -> Iterator[Dialogue]:
@@ -260,7 +271,7 @@ class Dataset:
                     raise
 
     def _template_line(self) -> str:
-        if self.problem is not None:
+        if self.problem is not None and self._is_labelled:
             return self.problem.line()
         if set(self.formats) == {"text"}:
             return "no template"

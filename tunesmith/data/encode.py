@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from tunesmith.core.errors import DataError
 from tunesmith.data.codec import Codec
-from tunesmith.data.rows import Dialogue, Labelled, Message, Row, Tagged, Text
+from tunesmith.data.rows import Compared, Dialogue, Labelled, Message, Row, Tagged, Text
 from tunesmith.data.templates import Template, render
 
 TOO_LONG = "the answer alone is longer than max_length"
@@ -31,6 +32,8 @@ class Example:
         labels: what is to be predicted: one number a row, or one for each supervised token, which then is the token
             that has the label; empty where text is learnt.
         types: of which of two texts each token is, where the tokenizer says so.
+        lengths: tokens of each answer's document, which lie end to end, where a row has answers to compare.
+        ranks: of each of these answers; lower is better, equal is a tie.
     """
 
     ids: list[int]
@@ -40,6 +43,28 @@ class Example:
     escaped: int = 0
     labels: tuple[float, ...] = ()
     types: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = ()
+
+    @property
+    def longest_tokens(self) -> int:
+        """Tokens of its longest document."""
+        return max(self.lengths, default=len(self.ids))
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens that are learnt, or of the second text of two."""
+        return sum(self.supervised) or sum(self.types)
+
+    def documents(self) -> list[Example]:
+        """A document for each answer; the row itself where it has none to compare."""
+        if not self.lengths:
+            return [self]
+        ends = list(accumulate(self.lengths, initial=0))
+        return [self._document(start, end) for start, end in pairwise(ends)]
+
+    def _document(self, start: int, end: int) -> Example:
+        return Example(self.ids[start:end], self.supervised[start:end], self.where, types=self.types[start:end])
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +82,9 @@ def encode_row(row: Row, template: Template, codec: Codec, max_length: int) -> E
     if isinstance(row, Tagged):
         hint = "set objective to {kind: predict, problem: tokens}"
         raise DataError("labelled words have no answer to write", where=row.where, hint=hint)
+    if isinstance(row, Compared):
+        hint = "set objective to reward or dpo; to learn to write, rows have one answer"
+        raise DataError("answers to compare are none to copy", where=row.where, hint=hint)
     dialogue = row.dialogue() if isinstance(row, Labelled) else row
     rendered = render(dialogue, template)
     ids, supervised = codec.encode(rendered)

@@ -2,7 +2,7 @@
 
 The one idea: a format is a line in a literal table, keys it needs and a function; nothing is guessed from
 values, and a missing key is an error that names file and line, never an empty text. Conversations, which have
-most rules, are in `conversations`.
+most rules, are in `conversations`, answers to compare in `comparisons`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from tunesmith.core.errors import ConfigError, DataError, did_you_mean
 from tunesmith.core.files import canonical_json
+from tunesmith.data.comparisons import preference, ranking, unpaired
 from tunesmith.data.conversations import conversation, messages
 from tunesmith.data.lines import SKIP_HINT, RawRow, Source, describe
 from tunesmith.data.rows import Dialogue, Labelled, Message, Row, Tagged, Text
@@ -127,6 +128,9 @@ FORMATS: dict[str, Format] = {
     "labelled": Format(("text", "label"), _labelled, ("text_pair",)),
     "tagged": Format(("tokens", "labels"), _tagged),
     "text": Format(("text",), _text, (), ("chosen", "rejected", "label")),
+    "preference": Format(("chosen", "rejected"), preference, ("prompt", "conversations", "messages", "system"), ()),
+    "ranking": Format(("prompt", "answers", "ranks"), ranking),
+    "unpaired": Format(("prompt", "completion", "label"), unpaired),
 }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from tunesmith.core.errors import DataError
-from tunesmith.core.problem import Problem, ProblemKind
+from tunesmith.core.problem import CLASSES, Problem, ProblemKind
 from tunesmith.data.codec import Codec
 from tunesmith.data.encode import Dropped, Example
 from tunesmith.data.rows import Labelled, Row, Tagged
@@ -29,7 +29,7 @@ def find_labels(rows: Iterable[Row], kind: ProblemKind, seed: int = 0) -> Proble
     Rows that do not fit are left for `encode_labelled` to name.
     """
     found: set[str] = set()
-    for row in rows if kind != "regression" else ():
+    for row in rows if kind in CLASSES else ():
         labels = row.labels if isinstance(row, Tagged) else [row.label] if isinstance(row, Labelled) else []
         found |= {str(label) for label in labels if not _is_score(label)}
     numeric = all(label.removeprefix("-").isdecimal() for label in found)
@@ -81,7 +81,7 @@ def _texts(
     cut = _cut(codec, first, second, max_length)
     if isinstance(cut, str):
         return Dropped(cut, where)
-    ids, types, _ = _framed(codec, first, second)
+    ids, types, _ = framed(codec, first, second)
     return Example(ids, [False] * len(ids), where, cut, 0, labels, types)
 
 
@@ -90,7 +90,7 @@ def _words(row: Tagged, codec: Codec, max_length: int, labels: tuple[float, ...]
     cut = _cut(codec, whole, None, max_length)
     if isinstance(cut, str):
         return Dropped(cut, row.where)
-    ids, types, lead = _framed(codec, whole, None)
+    ids, types, lead = framed(codec, whole, None)
     places = _first_pieces(row.words, whole.offsets)
     learnt = [False] * len(ids)
     kept = []
@@ -135,7 +135,7 @@ def _cut(codec: Codec, first: Encoding, second: Encoding | None, max_length: int
     return over
 
 
-def _framed(codec: Codec, first: Encoding, second: Encoding | None) -> tuple[list[int], tuple[int, ...], int]:
+def framed(codec: Codec, first: Encoding, second: Encoding | None) -> tuple[list[int], tuple[int, ...], int]:
     """Ids, types where they differ, and how many tokens were put in front."""
     found = codec.framed(first, second)
     ids, types = list(found.ids), list(found.type_ids)

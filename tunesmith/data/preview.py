@@ -6,7 +6,8 @@ The one idea: the text is decoded from the token ids that training uses, not tak
 from __future__ import annotations
 
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from tunesmith.core.problem import Problem
@@ -26,7 +27,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Preview:
-    """One row as pieces, with how many tokens it has, how many are learnt, how many were cut off, and its labels."""
+    """A document as pieces, its tokens, how many are learnt and how many were cut off, its labels or an answer's rank."""
 
     where: str
     pieces: tuple[Piece, ...]
@@ -34,6 +35,24 @@ class Preview:
     supervised_tokens: int
     truncated_tokens: int
     labels: tuple[str, ...] = ()
+    rank: str = ""
+
+
+def previews(example: Example, codec: Codec, problem: Problem | None = None) -> list[Preview]:
+    """An example as a preview, or one for each of the answers that it compares, with its rank in words."""
+    if not example.lengths:
+        return [preview(example, codec, problem)]
+    shown = [preview(document, codec) for document in example.documents()]
+    return [replace(one, rank=name) for one, name in zip(shown, rank_names(example.ranks), strict=True)]
+
+
+def rank_names(ranks: Sequence[int]) -> list[str]:
+    """What people call the answers of a row."""
+    if len(ranks) == 1:
+        return ["good" if ranks[0] == 0 else "bad"]
+    if len(ranks) == 2:
+        return ["chosen", "rejected"] if ranks[0] < ranks[1] else ["a tie", "a tie"]
+    return [f"rank {rank + 1}" for rank in ranks]
 
 
 def preview(example: Example, codec: Codec, problem: Problem | None = None) -> Preview:

@@ -1,4 +1,4 @@
-"""The rows that every format is converted to: a dialogue, a running text, a labelled text, labelled words.
+"""The rows that every format is converted to: a dialogue, running text, labelled text or words, compared answers.
 
 A row is plain text with roles and knows where it came from; it holds no token and no template. `formats`
 makes rows out of what files hold, `templates` and `codec` turn them into tokens.
@@ -6,7 +6,7 @@ makes rows out of what files hold, `templates` and `codec` turn them into tokens
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -101,4 +101,30 @@ class Tagged:
     where: str = ""
 
 
-Row = Dialogue | Text | Labelled | Tagged
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Answers to one prompt, each with its rank; a single answer that was judged has rank 0 (good) or 1 (bad).
+
+    Attributes:
+        prompt: what all answers answer; none of it is learnt.
+        answers: the turns of each answer, the best first; the last turn of each is the assistant's.
+        ranks: of each answer, from 0 up; lower is better, equal is a tie.
+        where: file and line.
+    """
+
+    prompt: tuple[Message, ...]
+    answers: tuple[tuple[Message, ...], ...]
+    ranks: tuple[int, ...]
+    where: str = ""
+
+    @property
+    def dialogues(self) -> tuple[Dialogue, ...]:
+        """A dialogue for each answer, of which the last turn alone is supervised."""
+        return tuple(self._dialogue(answer) for answer in self.answers)
+
+    def _dialogue(self, answer: tuple[Message, ...]) -> Dialogue:
+        read = tuple(replace(turn, supervised=False) for turn in (*self.prompt, *answer[:-1]))
+        return Dialogue((*read, replace(answer[-1], supervised=True)), self.where)
+
+
+Row = Dialogue | Text | Labelled | Tagged | Compared

@@ -15,7 +15,7 @@ from tunesmith.core.problem import Problem
 from tunesmith.data.encode import Dropped, Example
 from tunesmith.data.labels import label_names
 
-_RARE = ("labels", "scores")  # kept only where there are any
+_RARE = ("labels", "scores", "best", "others", "best_tokens", "other_tokens")  # kept only where there are any
 _REMEMBERED = 2_000_000  # rows whose hashes are kept to find repeats: 100 bytes each, 200 MB in all
 _CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False)  # made once: there are millions of rows
 
@@ -35,6 +35,8 @@ class DataStatistics:
         lengths: kept rows by length: `{64: 3}` are three rows of 33 to 64 tokens.
         labels: how often each label is there, where labels are to be predicted.
         scores: smallest and largest of the scores that are to be predicted.
+        best, others: answers that are compared, the best of each row and those below it; `best_tokens` and
+            `other_tokens` are theirs, prompts aside.
     """
 
     rows: int = 0
@@ -51,6 +53,10 @@ class DataStatistics:
     lengths: Counter[int] = field(default_factory=Counter)
     labels: Counter[str] = field(default_factory=Counter)
     scores: tuple[float, float] | None = None
+    best: int = 0
+    others: int = 0
+    best_tokens: int = 0
+    other_tokens: int = 0
     hashes: set[int] = field(default_factory=set, repr=False)
 
     def add(self, found: Example | Dropped) -> None:
@@ -62,11 +68,19 @@ class DataStatistics:
         self.kept += 1
         self.tokens += len(found.ids)
         self.supervised_tokens += sum(found.supervised)
-        self.longest_tokens = max(self.longest_tokens, len(found.ids))
+        self.longest_tokens = max(self.longest_tokens, found.longest_tokens)
+        self._compare(found)
         self.truncated_rows += found.truncated_tokens > 0
         self.truncated_tokens += found.truncated_tokens
         self.escaped_rows += found.escaped > 0
         self.lengths[1 << (len(found.ids) - 1).bit_length()] += 1
+
+    def _compare(self, found: Example) -> None:
+        for document, rank in zip(found.documents() if found.ranks else (), found.ranks, strict=True):
+            if rank == 0:
+                self.best, self.best_tokens = self.best + 1, self.best_tokens + document.answer_tokens
+            else:
+                self.others, self.other_tokens = self.others + 1, self.other_tokens + document.answer_tokens
 
     def see(self, value: int) -> None:
         """Notices an exact repeat of a row, by its `row_hash`."""
@@ -98,6 +112,9 @@ class DataStatistics:
             return f"scores from {self.scores[0]:g} to {self.scores[1]:g}"
         if self.labels:
             return "labels " + ", ".join(f"{name}: {count}" for name, count in self.labels.most_common(10))
+        if self.best or self.others:
+            best, others = self.best_tokens / max(1, self.best), self.other_tokens / max(1, self.others)
+            return f"answers of {best:.0f} tokens on average where chosen, {others:.0f} where rejected"
         return f"{self.supervised_tokens} supervised"
 
     def line(self) -> str:

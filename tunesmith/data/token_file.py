@@ -24,7 +24,7 @@ _DIGEST_BYTES = 32
 _GIVE_BACK_ROWS = 512  # each row touched maps 64 kB
 # columns of one number a row, and of several (the bytes of a text): name -> code of the `array` module
 _ONE = {"hash": "Q", "state": "B", "truncated_tokens": "q", "escaped": "q", "whole_labels": "B"}
-_SEVERAL = {"ids": "i", "supervised": "B", "labels": "d", "types": "i", "reason": "B"}
+_SEVERAL = {"ids": "i", "supervised": "B", "labels": "d", "types": "i", "lengths": "i", "ranks": "i", "reason": "B"}
 
 Tokens = Example | Dropped | None
 
@@ -55,7 +55,7 @@ class TokenWriter:
         whole = all(isinstance(label, int) for label in kept.labels)
         for name, value in zip(_ONE, (row_hash or 0, state, kept.truncated_tokens, kept.escaped, whole), strict=True):
             self._values[name].append(value)
-        for name in ("ids", "supervised", "labels", "types"):
+        for name in ("ids", "supervised", "labels", "types", "lengths", "ranks"):
             self._values[name].extend(getattr(kept, name))
         for name, offsets in self._offsets.items():
             offsets.append(len(self._values[name]))
@@ -154,7 +154,8 @@ class TokenFile:
         # places in a list of labels are whole numbers, and become tensors of such
         labels = map(int, several["labels"]) if whole else several["labels"]
         supervised = list(map(bool, several["supervised"]))
-        return Example(several["ids"], supervised, where, cut, escaped, tuple(labels), tuple(several["types"]))
+        more = (tuple(several[name]) for name in ("types", "lengths", "ranks"))
+        return Example(several["ids"], supervised, where, cut, escaped, tuple(labels), *more)
 
 
 _NOTHING = Example([], [])

@@ -38,7 +38,7 @@ class Head(nn.Module):
         problem: what it answers.
         pooling: mean (over a document's tokens), last (its last token), start (the first state of a decoder that
             has read nothing); each token's own state for a problem of kind tokens.
-        weight: float32 [outputs, width]; bias: float32 [outputs].
+        weight: float32 [outputs, width]; bias: float32 [outputs], None of a score, whose zero means nothing.
     """
 
     def __init__(self, problem: Problem, pooling: str, width: int, device: torch.device | str = "cpu") -> None:
@@ -50,12 +50,13 @@ class Head(nn.Module):
             # drawn on the CPU from the seed alone: the same on every device and for every method
             weight.normal_(std=width**-0.5, generator=torch_generator(problem.seed, "init", "predict"))
         self.weight = nn.Parameter(weight.to(device))
-        self.bias = nn.Parameter(torch.zeros(problem.outputs, device=device))
+        self.bias = None if problem.kind == "reward" else nn.Parameter(torch.zeros(problem.outputs, device=device))
 
     def forward(self, states: Tensor) -> Tensor:
         """Outputs [n, outputs] of states [n, width] of any dtype."""
         wide = torch.promote_types(states.dtype, torch.float32)
-        return nn.functional.linear(states.to(wide), self.weight.to(wide), self.bias.to(wide))
+        bias = None if self.bias is None else self.bias.to(wide)
+        return nn.functional.linear(states.to(wide), self.weight.to(wide), bias)
 
 
 def fresh_head(loaded: Loaded, problem: Problem) -> Head:

@@ -20,6 +20,7 @@ from tunesmith.models import attention, blocks, seq2seq
 from tunesmith.models.copies import swap_of
 from tunesmith.models.cross_entropy import fused_losses, plain_losses, shaping_of, wide
 from tunesmith.models.inputs import states
+from tunesmith.models.modes import evaluating
 from tunesmith.models.ports import Port
 from tunesmith.models.recompute import Blocks, How, Recompute
 from tunesmith.models.route import BASE, Owners, Route
@@ -36,6 +37,7 @@ class Policy:
 
     Attributes:
         trunk: keeps what comes out of the blocks below all that trains; None keeps nothing.
+        reference: the route of the model as the stage received it.
 
     Args:
         route: the adapters that act; none by default.
@@ -55,6 +57,7 @@ class Policy:
         self.model, self.family, self.route = loaded.model, loaded.family, route
         self.config = loaded.model.config
         self.trunk: Trunk | None = None
+        self.reference = BASE
         self.packed = packed and self.family.packed
         if self.packed:
             attention.use(self.model)
@@ -97,6 +100,13 @@ class Policy:
             if weight is not None:
                 return fused_losses(hidden, weight, bias, batch.targets, self.shaping)
             return plain_losses(hidden, self._head, batch.targets, self.shaping, self._owners(batch, batch.sources))
+
+    def reference_losses(self, batch: Batch) -> Tensor:
+        """`token_losses` of the model as the stage received it: without dropout, and without a gradient."""
+        reference = self.under(self.reference)
+        reference.trunk = None
+        with torch.no_grad(), evaluating(self.model):
+            return reference.token_losses(batch)
 
     def hidden(self, batch: Batch, wanted: Tensor | None = None) -> Tensor:
         """What the last norm gives for every token, [tokens, width], in the model's dtype.

@@ -73,6 +73,8 @@ class Compact:
             rows=tuple(batch.rows[owner] for owner in self.owners),
             labels=None,
             prompts=(),
+            answers=(),
+            ranks=None,
         )
 
     def states(self, run: Callable[[Tensor | None], Tensor], wanted: Tensor | None) -> Tensor:

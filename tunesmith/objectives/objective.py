@@ -13,7 +13,7 @@ from tunesmith.core.section import Section
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tunesmith.core.problem import ProblemKind
+    from tunesmith.core.problem import Comparison, ProblemKind
     from tunesmith.core.types import Batch, Mean
 
 
@@ -26,6 +26,10 @@ class Policy(Protocol):
 
     def scores(self, batch: Batch) -> Tensor:
         """What a prediction head says, float32 [documents or labelled words, outputs], differentiable."""
+        ...
+
+    def reference_losses(self, batch: Batch) -> Tensor:
+        """`token_losses` of the model as the stage received it: without dropout and without a gradient."""
         ...
 
 
@@ -42,6 +46,16 @@ class Objective(Section):
     def predicts(self) -> ProblemKind | None:
         """The kind of prediction head that it trains; None for objectives over text."""
         return None
+
+    @property
+    def compares(self) -> Comparison | None:
+        """Which answers a row has, for objectives that compare them; None for all others."""
+        return None
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it asks for the model as the stage received it."""
+        return False
 
     def check(self, config: dict[str, Any]) -> None:
         """Finds a model that this cannot train, from its config.json alone, without torch. Raises ConfigError."""

@@ -9,5 +9,7 @@ OBJECTIVES = Registry(
     {
         "sft": ("tunesmith.objectives.sft:SFT", "supervised: learn to write the completion, token by token"),
         "predict": ("tunesmith.objectives.predict:Predict", "a head that classifies, gives a number, or labels words"),
+        "reward": ("tunesmith.objectives.reward:Reward", "a score for answers, learnt from pairs and rankings"),
+        "dpo": ("tunesmith.objectives.dpo:DPO", "prefer the chosen answer, by pairs and no reward model"),
     },
 )

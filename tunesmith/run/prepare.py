@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.config import Config
 from tunesmith.core.errors import ConfigError, DataError, ModelError
 from tunesmith.core.files import read_json
-from tunesmith.core.problem import Problem
+from tunesmith.core.problem import CLASSES, Comparison, Problem
 from tunesmith.core.progress import progress_bar
 from tunesmith.data.codec import Codec
 from tunesmith.data.dataset import Dataset, open_data
@@ -124,33 +124,42 @@ def prepare(config: Config) -> Prepared:
     codec = Codec.open(folder)
     asked = config.objective.predicts
     problem = Problem(asked, (), config.train.seed) if asked else None
-    taken = config.method.positions
-    train, train_statistics = read_data(config.data.train, config.data, codec, "data.train", problem, taken)
+    taken, compares = config.method.positions, config.objective.compares
+    train, train_statistics = read_data(config.data.train, config.data, codec, "data.train", problem, taken, compares)
     problem = train.problem
     if not config.data.eval:
         return Prepared(config, folder, codec, train, train_statistics, problem=problem)
-    judged, judged_statistics = read_data(config.data.eval, config.data, codec, "data.eval", problem, taken)
+    judged, judged_statistics = read_data(
+        config.data.eval, config.data, codec, "data.eval", problem, taken, compares
+    )
     return Prepared(config, folder, codec, train, train_statistics, judged, judged_statistics, problem)
 
 
 def read_data(
-    parts: Parts, section: DataSection, codec: Codec, where: str, problem: Problem | None = None, taken: int = 0
+    parts: Parts,
+    section: DataSection,
+    codec: Codec,
+    where: str,
+    problem: Problem | None = None,
+    taken: int = 0,
+    compares: Comparison | None = None,
 ) -> tuple[Dataset, DataStatistics]:
     """Opens rows and checks every one of them.
 
     Args:
         problem: what is to be predicted; one without labels gets those of these rows.
         taken: positions that the method takes from every row.
+        compares: which answers of the rows are to be compared.
 
     Raises DataError naming the setting, the file and the row.
     """
     dataset = open_data(parts, section, codec)
-    dataset.problem = problem
+    dataset.problem, dataset.compares = problem, compares
     if problem is not None and not problem.labels:
         dataset.problem = find_labels(dataset.rows(), problem.kind, problem.seed)
     with progress(len(dataset), f"reading {where}") as report:
         found = dataset.check(progress=report)
-    if dataset.problem is not None and dataset.problem.kind != "regression" and dataset.problem.outputs < 2:
+    if dataset.problem is not None and dataset.problem.kind in CLASSES and dataset.problem.outputs < 2:
         told = f"every row has the same label, {dataset.problem.labels[0]!r}: there is nothing to tell apart"
         raise DataError(told, where=where)
     _check_positions(found, section, codec.folder, where, taken)

@@ -244,7 +244,7 @@ class _Run:
             held = held_bytes(self.policy, self.precision, self.pieces, self.optimizer)
             held["offloaded_bytes"] += self.offload.spilled_bytes
             self.held_bytes = {**held, "gradients_bytes": gradients_bytes}
-        counts = [(b.ids.numel(), len(b.rows), b.targets.numel(), 1) for b in batches]
+        counts = [(b.ids.numel(), b.row_count, b.targets.numel(), 1) for b in batches]
         sums = self.layout.data.sums([float(sum(count)) for count in zip((0, 0, 0, 0), *counts, strict=True)])
         tokens, rows, supervised, micro_batches = map(int, sums)
         state.step, state.cursor, state.epoch = number, asdict(step.cursor), step.epoch
