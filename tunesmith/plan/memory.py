@@ -7,8 +7,8 @@ on the meta device counts as well as one with data. Activations come from `trace
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.errors import ConfigError, did_you_mean
 from tunesmith.core.moments import STATE_BYTES, moment_bytes
@@ -79,6 +79,7 @@ class Memory:
         overhead_bytes: what the process takes before any tensor: interpreter and libraries.
         peak_bytes: the most that tensors take at one moment. Less than the total when gradients are not yet there
             while activations are; equal to it where that is not known.
+        phases: the most that tensors take at one moment of each phase, where that is known.
     """
 
     weights_bytes: int
@@ -88,6 +89,7 @@ class Memory:
     activations_bytes: int
     overhead_bytes: int = IMPORTS_BYTES
     peak_bytes: int = 0
+    phases: dict[str, int] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -99,7 +101,7 @@ class Memory:
         """What does not depend on the batch: 16 bytes a parameter in full bf16 training with AdamW."""
         return self.weights_bytes + self.master_bytes + self.gradients_bytes + self.optimizer_bytes
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, Any]:
         """The parts and their total, under the keys of plan.json."""
         return {
             "weights_bytes": self.weights_bytes,
@@ -110,6 +112,7 @@ class Memory:
             "total_bytes": self.total_bytes,
             "peak_bytes": self.peak_bytes or self.total_bytes,
             "overhead_bytes": self.overhead_bytes,
+            "phases": self.phases,
         }
 
 

@@ -20,6 +20,7 @@ from tunesmith.plan.memory import (
     estimate_activations,
     tensor_specs,
 )
+from tunesmith.plan.moments import Moments
 from tunesmith.plan.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from tunesmith.core.problem import ProblemKind
     from tunesmith.core.types import Batch
+    from tunesmith.plan.foreseen import Met
     from tunesmith.plan.trace import Traced
 
 
@@ -40,6 +42,7 @@ class Workload:
         lengths: tokens of the documents of the largest micro-batch.
         supervised_share: tokens with a target / tokens.
         predicts: what a head predicts; None where text is learnt.
+        met: micro-batches of which one is the fullest moment of the run; none makes one of the lengths.
     """
 
     steps: int
@@ -47,6 +50,7 @@ class Workload:
     lengths: tuple[int, ...]
     supervised_share: float = 1.0
     predicts: ProblemKind | None = None
+    met: tuple[Met, ...] = ()
 
     @property
     def micro_tokens(self) -> int:
@@ -136,10 +140,15 @@ def make_plan(
         optimizer_state=optimizer_state,
     )
     if loss is not None:
-        from tunesmith.plan.trace import trace
+        from tunesmith.plan.foreseen import Met, Seen
+        from tunesmith.plan.trace import sample_batch, trace_seen
 
-        traced = trace(model, loss, work.lengths, work.supervised_share, work.predicts)
-        return _traced(specs, state, work, traced, calibration)
+        sample = Met(Seen(sample_batch(work.lengths, work.supervised_share, work.predicts)))
+
+        def traced(one: Met) -> Traced:
+            return trace_seen(model, loss, one.seen, wide_gradients=master and fp32_gradients)
+
+        return _traced(specs, state, work, Moments(state, traced, work.met or (sample,)), calibration)
     size = item_bytes or max(specs, key=lambda spec: spec.count).item_bytes
     learnt = round(work.micro_tokens * work.supervised_share)
     activations = estimate_activations(shape, work.micro_tokens, learnt, item_bytes=size, recompute=recompute)
@@ -155,15 +164,18 @@ def make_plan(
 
 
 def _traced(
-    specs: list[TensorSpec], state: Memory, work: Workload, traced: Traced, calibration: Calibration | None
+    specs: list[TensorSpec], state: Memory, work: Workload, moments: Moments, calibration: Calibration | None
 ) -> Plan:
+    fullest = moments.fullest()
     kept = state.state_bytes - state.gradients_bytes
-    # in the update all gradients are there, in the backward the activations and some of them
-    peak = max(kept + traced.peak_bytes, state.state_bytes)
+    phases = {"forward": fullest.forward_bytes, "backward": fullest.backward_bytes}
+    phases |= {"step": state.state_bytes, "save": kept}
+    traced = fullest.traced
     times = work.tokens / max(1, traced.tokens)
+    activations, peak = traced.activations_bytes, max(phases.values())
     return Plan(
         parameters=count_parameters(specs),
-        memory=replace(state, activations_bytes=traced.activations_bytes, peak_bytes=peak),
+        memory=replace(state, activations_bytes=activations, peak_bytes=peak, phases=phases),
         steps=work.steps,
         tokens=work.tokens,
         flops=round(traced.flops * times),

@@ -25,6 +25,8 @@ from tunesmith.core.problem import ProblemKind
 from tunesmith.core.types import Batch
 from tunesmith.kernels.build import counted, imitated
 from tunesmith.kernels.quantized import Quantized
+from tunesmith.models.shared import foreseen
+from tunesmith.plan.foreseen import Seen
 
 aten = torch.ops.aten
 
@@ -75,12 +77,20 @@ class LiveStorages(TorchDispatchMode):
         self.flops += flops
         self.operations += 1
 
-    def release(self, tensor: Tensor) -> None:
-        """Counts a storage apart from now on: a gradient that has become one."""
+    def release(self, tensor: Tensor, item_bytes: int = 0) -> None:
+        """Counts a storage apart from now on: a gradient that has become one.
+
+        Args:
+            item_bytes: of the numbers that are kept of it in a storage of their own, where that is not this one.
+        """
         storage = tensor.untyped_storage()
         if self._alive.pop(storage._cdata, None) is not None:
+            if item_bytes > tensor.element_size():
+                self.released_bytes += item_bytes * tensor.numel()
+                self.peak_all_bytes = max(self.peak_all_bytes, self.now_bytes + self.released_bytes)
+            else:
+                self.released_bytes += storage.nbytes()
             self.now_bytes -= storage.nbytes()
-            self.released_bytes += storage.nbytes()
 
     def _hold(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -113,6 +123,7 @@ class Traced:
     Attributes:
         activations_bytes: the most that forward and backward hold at once, weights and finished gradients aside.
         peak_bytes: the same with finished gradients.
+        forward_peak_bytes: the most that the forward holds at once.
         saved_bytes: alive after the forward: what the backward needs.
         forward_flops, backward_flops: work of each direction.
         traffic_bytes: bytes read and written outside matrix products, both directions.
@@ -128,6 +139,7 @@ class Traced:
     traffic_bytes: int
     operations: int
     tokens: int
+    forward_peak_bytes: int = 0
 
     @property
     def flops(self) -> int:
@@ -146,22 +158,42 @@ def trace(
     The model may be on meta or hold data; it is as before afterwards. `loss` gives a scalar. A device other than
     the CPU is not imitated: kernels that save other tensors there will differ.
     """
+    return trace_seen(model, loss, Seen(sample_batch(lengths, supervised_share, predicts)))
+
+
+def trace_seen(
+    model: nn.Module, loss: Callable[[Batch], Tensor], seen: Seen, *, wide_gradients: bool = False
+) -> Traced:
+    """The same for a micro-batch of real rows.
+
+    Args:
+        wide_gradients: as in `measure`.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, _as_if_on_cpu(model, fake), imitated():
-        batch = sample_batch(lengths, supervised_share, predicts)
-        return measure(model, lambda: loss(batch), sum(lengths))
+        known = seen.faked(fake)
+        with foreseen(known.compact):
+            return measure(
+                model, lambda: loss(known.batch), len(seen.batch.ids), wide_gradients=wide_gradients
+            )
 
 
-def measure(model: nn.Module, loss: Callable[[], Tensor], tokens: int) -> Traced:
-    """Counts one forward and backward where the model is, data or not; leaves gradients as backward does."""
+def measure(
+    model: nn.Module, loss: Callable[[], Tensor], tokens: int, *, wide_gradients: bool = False
+) -> Traced:
+    """Counts one forward and backward where the model is, data or not; leaves gradients as backward does.
+
+    Args:
+        wide_gradients: finished gradients are counted as summed in float32, as the trainer does for masters.
+    """
     with LiveStorages() as live, counted(live.add_flops):
         hooks = [
-            parameter.register_post_accumulate_grad_hook(lambda found: _release(live, found.grad))
+            parameter.register_post_accumulate_grad_hook(lambda found: _release(live, found.grad, 4 * wide_gradients))
             for parameter in model.parameters()
             if parameter.requires_grad
         ]
         try:
             total = loss()
-            saved, forward = live.now_bytes, live.flops
+            saved, forward, forward_peak = live.now_bytes, live.flops, live.peak_all_bytes
             if total.requires_grad:
                 total.backward()
         finally:
@@ -176,6 +208,7 @@ def measure(model: nn.Module, loss: Callable[[], Tensor], tokens: int) -> Traced
         traffic_bytes=live.traffic_bytes,
         operations=live.operations,
         tokens=tokens,
+        forward_peak_bytes=forward_peak,
     )
 
 
@@ -234,9 +267,9 @@ def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     return pretended
 
 
-def _release(live: LiveStorages, gradient: Tensor | None) -> None:
+def _release(live: LiveStorages, gradient: Tensor | None, item_bytes: int) -> None:
     if gradient is not None:
-        live.release(gradient)
+        live.release(gradient, item_bytes)
 
 
 def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:

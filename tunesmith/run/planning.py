@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.switches import without
-from tunesmith.data.deal import deal
-from tunesmith.data.pack import cut, cut_into
+from tunesmith.run.largest import largest
 from tunesmith.run.prepare import Prepared
 
 if TYPE_CHECKING:
@@ -43,9 +42,12 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
     loaded = open_meta(prepared)
     adapter = config.method.attach(loaded, seed=config.train.seed)
     policy = Policy(loaded, adapter.route, packed=config.data.packing)
-    lengths, share, micro_batches = _micro_batch(prepared)
     totals = prepared.totals
+    policy.train()  # as it will be: dropout keeps its masks
     shape = read_shape(prepared.folder)
+    met, micro_batches = largest(prepared, policy, shape)
+    batch = met[0].seen.batch
+    lengths, share = batch.lengths, batch.targets.numel() / max(1, batch.ids.numel())
     spread: Any = Spread(config.layout.data, config.layout.shard, micro_batches)
     if config.layout.tensor * config.layout.pipeline > 1:
         from tunesmith.plan.parts import PartsSpread
@@ -69,7 +71,14 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
         found = make_plan(
             model,
             shape,
-            Workload(totals.steps, totals.tokens, lengths, share, config.objective.predicts),
+            Workload(
+                totals.steps,
+                totals.tokens,
+                lengths,
+                share,
+                config.objective.predicts,
+                met,
+            ),
             trainable=trained,
             loss=lambda batch: config.objective.loss(policy, batch).total,
             master=config.precision.master,
@@ -108,29 +117,3 @@ def open_meta(prepared: Prepared) -> Loaded:
     loaded = meta(str(prepared.folder), dtype=resolve(precision), base=precision.base)
     loaded.predicts = prepared.problem
     return loaded
-
-
-def _micro_batch(prepared: Prepared) -> tuple[tuple[int, ...], float, float]:
-    """Lengths of the largest micro-batch among the first steps, the share of its tokens that is supervised, and how
-    many micro-batches a process makes in a step."""
-    from itertools import islice
-
-    from tunesmith.data.pack import Cursor
-
-    layout = prepared.config.layout
-
-    def parted(rows: list[Any]) -> list[list[Any]]:
-        return cut(rows, prepared.sizes) if layout.micro_batches is None else cut_into(rows, layout.micro_batches)
-
-    largest: list[Any] = []
-    counts = []
-    for step in islice(prepared.stream(Cursor()), 8):
-        hands = [parted(rows) for rows in deal(step, layout.data)]
-        counts.append(max(map(len, hands)))
-        for rows in (rows for hand in hands for rows in hand):
-            if sum(len(row.ids) for row in rows) > sum(len(row.ids) for row in largest):
-                largest = rows
-    tokens = sum(len(row.ids) for row in largest)
-    supervised = sum(sum(row.supervised) for row in largest)
-    lengths = tuple(len(row.ids) for row in largest)
-    return lengths, supervised / max(1, tokens), sum(counts) / max(1, len(counts))
