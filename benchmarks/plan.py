@@ -29,9 +29,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/plan-grid"))
     parser.add_argument("--only", default="", help="cases with this in their name")
+    parser.add_argument("--fitted", action="store_true", help="the runs that are fitted on instead")
     parser.add_argument("--again", action="store_true", help="plan again what was run, and run nothing")
     options = parser.parse_args()
-    names = [name for name in cases() if options.only in name]
+    names = [name for name in cases(options.fitted) if options.only in name]
     for name in names:
         if not options.again:
             run(name, options.folder)

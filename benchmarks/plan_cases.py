@@ -20,6 +20,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "adapter": {"kind": "adapter", "size": 64},
     "prefix_layer": {"kind": "prefix_layer", "length": 20},
     "prompt": {"kind": "prompt", "length": 20},
+    "bitfit": {"kind": "bitfit"},
+    "ia3": {"kind": "ia3"},
+    "top_layers": {"kind": "top_layers", "layers": 2},
 }
 
 # model, objective, method, compute, base, tokens of a micro-batch, longest row, and what else
@@ -90,6 +93,18 @@ gpt2         predict lora         bf16 nf4  1024 128
 gpt2         sft     prefix_layer fp32 same 1024 256
 """
 
+# what is fitted (how much more than tensors a process takes) is fitted on these, with methods that are not above
+_FITTED = """
+minilm       predict bitfit       fp32 same 2048 256
+minilm       predict top_layers   bf16 same 1024 128
+smollm2-135m sft     ia3          bf16 same 1024 256
+smollm2-135m sft     top_layers   fp32 same  512 256
+llama        sft     bitfit       bf16 same 2048 256
+llama        sft     top_layers   fp32 same 1024 512
+gpt2         sft     ia3          fp32 same 2048 256
+gpt2         predict bitfit       bf16 same 1024 128
+"""
+
 _RANDOM: dict[str, dict[str, Any]] = {
     "llama": {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 256, "intermediate_size": 768,
@@ -103,10 +118,10 @@ _RANDOM: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def cases() -> dict[str, Case]:
-    """Every case by its name, which says what it is."""
+def cases(fitted: bool = False) -> dict[str, Case]:
+    """Every case by its name, which says what it is; those that are scored, or those that are fitted on."""
     found = {}
-    for line in _LINES.strip().splitlines():
+    for line in (_FITTED if fitted else _LINES).strip().splitlines():
         words = line.split()
         found["-".join(words)] = _case(words)
     return found
@@ -131,7 +146,7 @@ def _case(words: list[str]) -> Case:
 
 def config_of(name: str, folder: Path) -> dict[str, Any]:
     """The configuration of a case, its model and rows written below `folder` where they are not bundled."""
-    case = dict(cases()[name])
+    case = {**cases(), **cases(fitted=True)}[name]
     rows = "alpaca-demo" if case["objective"]["kind"] == "sft" else str(_labelled(folder))
     model = case["model"] if case["model"] not in _RANDOM else str(_random(case["model"], folder))
     return {

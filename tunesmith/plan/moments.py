@@ -24,11 +24,13 @@ class Moment:
     Attributes:
         traced: what it does.
         forward_bytes, backward_bytes: the most that all tensors take during each.
+        learnt_tokens: of it.
     """
 
     traced: Traced
     forward_bytes: int
     backward_bytes: int
+    learnt_tokens: int
 
     @property
     def peak_bytes(self) -> int:
@@ -74,4 +76,4 @@ class Moments:
     def _moment(self, one: Met) -> Moment:
         there, traced = self._there(one), self.trace(one)
         backward = traced.activations_bytes if one.has_gradients else traced.peak_bytes
-        return Moment(traced, there + traced.forward_peak_bytes, there + backward)
+        return Moment(traced, there + traced.forward_peak_bytes, there + backward, len(one.seen.batch.sources))

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.plan.compute import Calibration, flops_per_token, step_seconds
+from tunesmith.plan.calibration import Calibration, step_seconds
+from tunesmith.plan.compute import flops_per_token
 from tunesmith.plan.memory import (
     Memory,
     Parameters,
@@ -20,7 +21,7 @@ from tunesmith.plan.memory import (
     estimate_activations,
     tensor_specs,
 )
-from tunesmith.plan.moments import Moments
+from tunesmith.plan.moments import Moment, Moments
 from tunesmith.plan.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Workload:
         lengths: tokens of the documents of the largest micro-batch.
         supervised_share: tokens with a target / tokens.
         predicts: what a head predicts; None where text is learnt.
+        passes: micro-batches of the run; 0 where all are as large as the largest.
         met: micro-batches of which one is the fullest moment of the run; none makes one of the lengths.
     """
 
@@ -50,6 +52,7 @@ class Workload:
     lengths: tuple[int, ...]
     supervised_share: float = 1.0
     predicts: ProblemKind | None = None
+    passes: float = 0.0
     met: tuple[Met, ...] = ()
 
     @property
@@ -148,7 +151,7 @@ def make_plan(
         def traced(one: Met) -> Traced:
             return trace_seen(model, loss, one.seen, wide_gradients=master and fp32_gradients)
 
-        return _traced(specs, state, work, Moments(state, traced, work.met or (sample,)), calibration)
+        return _traced(specs, state, shape, work, Moments(state, traced, work.met or (sample,)), calibration)
     size = item_bytes or max(specs, key=lambda spec: spec.count).item_bytes
     learnt = round(work.micro_tokens * work.supervised_share)
     activations = estimate_activations(shape, work.micro_tokens, learnt, item_bytes=size, recompute=recompute)
@@ -164,7 +167,12 @@ def make_plan(
 
 
 def _traced(
-    specs: list[TensorSpec], state: Memory, work: Workload, moments: Moments, calibration: Calibration | None
+    specs: list[TensorSpec],
+    state: Memory,
+    shape: ModelShape,
+    work: Workload,
+    moments: Moments,
+    calibration: Calibration | None,
 ) -> Plan:
     fullest = moments.fullest()
     kept = state.state_bytes - state.gradients_bytes
@@ -179,16 +187,27 @@ def _traced(
         steps=work.steps,
         tokens=work.tokens,
         flops=round(traced.flops * times),
-        seconds=_seconds(specs, state, work, traced, calibration) if calibration else None,
+        seconds=_seconds(specs, state, shape, work, fullest, calibration) if calibration else None,
         exact_activations=True,
     )
 
 
-def _seconds(specs: list[TensorSpec], state: Memory, work: Workload, traced: Traced, calibration: Calibration) -> float:
+def _seconds(
+    specs: list[TensorSpec],
+    state: Memory,
+    shape: ModelShape,
+    work: Workload,
+    moment: Moment,
+    calibration: Calibration,
+) -> float:
+    traced, times = moment.traced, work.tokens / max(1, moment.traced.tokens)
     trained = sum(spec.nbytes for spec in specs if spec.trainable)
     update = trained + state.master_bytes + state.gradients_bytes + state.optimizer_bytes
-    forward_and_backward = step_seconds(traced, calibration) * work.tokens / max(1, traced.tokens)
-    return forward_and_backward + 2 * work.steps * update / calibration.bytes_per_second  # read and written
+    head = 0.0 if work.predicts else 4.0 * shape.head_parameters * moment.learnt_tokens
+    starting = traced.operations * calibration.operation_seconds
+    computing = step_seconds(traced, calibration, min(head, traced.flops)) - starting
+    updating = 2 * work.steps * update / calibration.bytes_per_second  # read and written
+    return computing * times + starting * (work.passes or times) + updating
 
 
 def _estimated_flops(specs: list[TensorSpec], shape: ModelShape, work: Workload) -> float:

@@ -29,7 +29,7 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
     from tunesmith.models.policy import Policy
     from tunesmith.models.recompute import Blocks
     from tunesmith.plan.choice import cheapest
-    from tunesmith.plan.compute import calibrate
+    from tunesmith.plan.calibration import calibrate
     from tunesmith.plan.memory import tensor_specs
     from tunesmith.plan.plan import Workload, make_plan
     from tunesmith.plan.room import room_bytes
@@ -77,6 +77,7 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
                 lengths,
                 share,
                 config.objective.predicts,
+                micro_batches * totals.steps * config.layout.data,
                 met,
             ),
             trainable=trained,
