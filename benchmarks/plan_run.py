@@ -29,7 +29,7 @@ from tunesmith.train import trainer as training
 from tunesmith.train.held import storage_bytes
 from tunesmith.train.log import peak_bytes
 
-MORE_STEPS = 2  # of the run that is timed; the first warms up
+MORE_STEPS = 1  # of the run that is timed: those that were counted have warmed up
 
 
 class Phased(LiveStorages):
@@ -121,7 +121,7 @@ class Watch:
             with _disable_current_modes():
                 inner(tuned, stream_from, objective, more, precision, folder / "timed", **named)
             lines = (folder / "timed" / "metrics.jsonl").read_text().splitlines()
-            self.records = [json.loads(line) for line in lines][1:]
+            self.records = [json.loads(line) for line in lines]
             return result
 
         training.train = twice

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tunesmith.plan.memory import Memory
+from tunesmith.plan.memory import Memory, Parts
 
 if TYPE_CHECKING:
     from tunesmith.plan.foreseen import Met
@@ -23,18 +23,18 @@ class Moment:
 
     Attributes:
         traced: what it does.
-        forward_bytes, backward_bytes: the most that all tensors take during each.
+        forward, backward: bytes by part when all tensors take most, during each.
         learnt_tokens: of it.
     """
 
     traced: Traced
-    forward_bytes: int
-    backward_bytes: int
+    forward: Parts
+    backward: Parts
     learnt_tokens: int
 
     @property
     def peak_bytes(self) -> int:
-        return max(self.forward_bytes, self.backward_bytes)
+        return max(sum(self.forward.values()), sum(self.backward.values()))
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,23 @@ class Moments:
 
     def _there(self, one: Met) -> int:
         """Bytes that are there before a micro-batch begins."""
+        return sum(self._state(one).values())
+
+    def _state(self, one: Met) -> Parts:
         state = self.state
-        held = state.weights_bytes + state.master_bytes
-        return held + one.has_moments * state.optimizer_bytes + one.has_gradients * state.gradients_bytes
+        return {
+            "weights": state.weights_bytes,
+            "master": state.master_bytes,
+            "optimizer": one.has_moments * state.optimizer_bytes,
+            "gradients": one.has_gradients * state.gradients_bytes,
+        }
 
     def _moment(self, one: Met) -> Moment:
-        there, traced = self._there(one), self.trace(one)
-        backward = traced.activations_bytes if one.has_gradients else traced.peak_bytes
-        return Moment(traced, there + traced.forward_peak_bytes, there + backward, len(one.seen.batch.sources))
+        there, traced = self._state(one), self.trace(one)
+        forward = {**there, "activations": traced.forward_peak_bytes}
+        if one.has_gradients:
+            backward = {**there, "activations": traced.activations_bytes}
+        else:
+            others = traced.peak_bytes - traced.finished_bytes
+            backward = {**there, "gradients": traced.finished_bytes, "activations": others}
+        return Moment(traced, forward, backward, len(one.seen.batch.sources))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from tunesmith.core.problem import ProblemKind
     from tunesmith.core.types import Batch
-    from tunesmith.plan.foreseen import Met
+    from tunesmith.plan.foreseen import Met, Seen
     from tunesmith.plan.trace import Traced
 
 
@@ -45,6 +45,7 @@ class Workload:
         predicts: what a head predicts; None where text is learnt.
         passes: micro-batches of the run; 0 where all are as large as the largest.
         met: micro-batches of which one is the fullest moment of the run; none makes one of the lengths.
+        judged: what is evaluated at once, where the loss is.
     """
 
     steps: int
@@ -54,6 +55,7 @@ class Workload:
     predicts: ProblemKind | None = None
     passes: float = 0.0
     met: tuple[Met, ...] = ()
+    judged: Seen | None = None
 
     @property
     def micro_tokens(self) -> int:
@@ -144,14 +146,16 @@ def make_plan(
     )
     if loss is not None:
         from tunesmith.plan.foreseen import Met, Seen
-        from tunesmith.plan.trace import sample_batch, trace_seen
+        from tunesmith.plan.trace import sample_batch, trace_evaluation, trace_seen
 
         sample = Met(Seen(sample_batch(work.lengths, work.supervised_share, work.predicts)))
 
         def traced(one: Met) -> Traced:
             return trace_seen(model, loss, one.seen, wide_gradients=master and fp32_gradients)
 
-        return _traced(specs, state, shape, work, Moments(state, traced, work.met or (sample,)), calibration)
+        evaluated = None if work.judged is None else trace_evaluation(model, loss, work.judged)
+        moments = Moments(state, traced, work.met or (sample,))
+        return _traced(specs, state, shape, work, moments, evaluated, calibration)
     size = item_bytes or max(specs, key=lambda spec: spec.count).item_bytes
     learnt = round(work.micro_tokens * work.supervised_share)
     activations = estimate_activations(shape, work.micro_tokens, learnt, item_bytes=size, recompute=recompute)
@@ -172,15 +176,24 @@ def _traced(
     shape: ModelShape,
     work: Workload,
     moments: Moments,
+    evaluated: Traced | None,
     calibration: Calibration | None,
 ) -> Plan:
     fullest = moments.fullest()
-    kept = state.state_bytes - state.gradients_bytes
-    phases = {"forward": fullest.forward_bytes, "backward": fullest.backward_bytes}
-    phases |= {"step": state.state_bytes, "save": kept}
+    weights, master = {"weights": state.weights_bytes}, {"master": state.master_bytes}
+    kept = {**weights, **master, "optimizer": state.optimizer_bytes}
+    phases = {
+        "load": weights,
+        "forward": fullest.forward,
+        "backward": fullest.backward,
+        "step": {**kept, "gradients": state.gradients_bytes},
+        "save": kept,
+    }
+    if evaluated is not None:
+        phases["evaluate"] = {**kept, "activations": evaluated.activations_bytes}
     traced = fullest.traced
     times = work.tokens / max(1, traced.tokens)
-    activations, peak = traced.activations_bytes, max(phases.values())
+    activations, peak = traced.activations_bytes, max(sum(parts.values()) for parts in phases.values())
     return Plan(
         parameters=count_parameters(specs),
         memory=replace(state, activations_bytes=activations, peak_bytes=peak, phases=phases),

@@ -40,7 +40,7 @@ class LiveStorages(TorchDispatchMode):
         now_bytes: alive now, without what `release` named.
         peak_bytes: the most alive at once, without what `release` named.
         peak_all_bytes: the most alive at once, with it.
-        released_bytes: what `release` named.
+        released_bytes: what `release` named; `released_at_peak_bytes` of it when `peak_all_bytes` was reached.
         flops: multiplications and additions of matrix products and attention; one multiply-add is two.
         traffic_bytes: bytes that all other operations read and write.
         operations: how many there were, views aside.
@@ -48,7 +48,8 @@ class LiveStorages(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now_bytes = self.peak_bytes = self.peak_all_bytes = self.released_bytes = 0
+        self.now_bytes = self.peak_bytes = self.peak_all_bytes = 0
+        self.released_bytes = self.released_at_peak_bytes = 0
         self.flops = self.traffic_bytes = self.operations = 0
         self._alive: dict[int, weakref.ref[Any]] = {}
 
@@ -87,7 +88,7 @@ class LiveStorages(TorchDispatchMode):
         if self._alive.pop(storage._cdata, None) is not None:
             if item_bytes > tensor.element_size():
                 self.released_bytes += item_bytes * tensor.numel()
-                self.peak_all_bytes = max(self.peak_all_bytes, self.now_bytes + self.released_bytes)
+                self._see()
             else:
                 self.released_bytes += storage.nbytes()
             self.now_bytes -= storage.nbytes()
@@ -99,8 +100,13 @@ class LiveStorages(TorchDispatchMode):
             return
         self._alive[key] = weakref.ref(storage, partial(self._drop, key, size))
         self.now_bytes += size
+        self._see()
+
+    def _see(self) -> None:
         self.peak_bytes = max(self.peak_bytes, self.now_bytes)
-        self.peak_all_bytes = max(self.peak_all_bytes, self.now_bytes + self.released_bytes)
+        if self.now_bytes + self.released_bytes > self.peak_all_bytes:
+            self.peak_all_bytes = self.now_bytes + self.released_bytes
+            self.released_at_peak_bytes = self.released_bytes
 
     def _drop(self, key: int, size: int, reference: weakref.ref[Any]) -> None:
         if self._alive.get(key) is reference:
@@ -124,6 +130,7 @@ class Traced:
         activations_bytes: the most that forward and backward hold at once, weights and finished gradients aside.
         peak_bytes: the same with finished gradients.
         forward_peak_bytes: the most that the forward holds at once.
+        finished_bytes: finished gradients at the peak.
         saved_bytes: alive after the forward: what the backward needs.
         forward_flops, backward_flops: work of each direction.
         traffic_bytes: bytes read and written outside matrix products, both directions.
@@ -140,6 +147,7 @@ class Traced:
     operations: int
     tokens: int
     forward_peak_bytes: int = 0
+    finished_bytes: int = 0
 
     @property
     def flops(self) -> int:
@@ -177,6 +185,20 @@ def trace_seen(
             )
 
 
+def trace_evaluation(model: nn.Module, loss: Callable[[Batch], Tensor], seen: Seen) -> Traced:
+    """The same in evaluation mode, without a backward; the model trains again afterwards."""
+
+    def judged(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            return loss(batch)
+
+    model.eval()
+    try:
+        return trace_seen(model, judged, seen)
+    finally:
+        model.train()
+
+
 def measure(
     model: nn.Module, loss: Callable[[], Tensor], tokens: int, *, wide_gradients: bool = False
 ) -> Traced:
@@ -209,6 +231,7 @@ def measure(
         operations=live.operations,
         tokens=tokens,
         forward_peak_bytes=forward_peak,
+        finished_bytes=live.released_at_peak_bytes,
     )
 
 

@@ -17,9 +17,18 @@ if TYPE_CHECKING:
     from tunesmith.plan.plan import Plan
 
 
-def fit_run(config: Config, room: int) -> Fitted:
-    """The nearest changes with which a run fits into `room` bytes."""
-    return fit(as_dict(config), room, _planner(config))
+def fit_run(config: Config, room: int, prepared: Prepared, plan: Plan) -> Fitted:
+    """The nearest changes with which a run fits into `room` bytes.
+
+    Args:
+        prepared, plan: of the run as it is.
+    """
+    planner = _planner(config, prepared)
+
+    def planned(changes: Sequence[Change]) -> Planned:
+        return planner(changes) if changes else _planned((), plan)
+
+    return fit(as_dict(config), room, planned)
 
 
 def largest_setting(config: Config, key: str, room: int) -> tuple[int, int]:
@@ -65,24 +74,28 @@ def largest_setting(config: Config, key: str, room: int) -> tuple[int, int]:
 _LARGEST = 1 << 20
 
 
-def _planner(config: Config) -> Callable[[Sequence[Change]], Planned]:
-    """Plans the run with some changes."""
+def _planner(config: Config, prepared: Prepared | None = None) -> Callable[[Sequence[Change]], Planned]:
+    """Plans the run with some changes; rows that were read for one serve others with the same `data` section."""
     from tunesmith.run.planning import plan_run
 
-    read: dict[str, Prepared] = {}
-
-    def prepared(changed: Config) -> Prepared:
-        key = changed.data.model_dump_json() + str(changed.method.positions)
-        if key not in read:
-            read[key] = prepare(changed)
-        return replace(read[key], config=changed)
+    read = {} if prepared is None else {_of_data(config): prepared}
 
     def planned(changes: Sequence[Change]) -> Planned:
         changed = build_config(_with(as_dict(config), changes))
-        found: Plan = plan_run(prepared(changed))
-        return Planned(tuple(changes), found.memory.resident_bytes, found.seconds, found.flops)
+        key = _of_data(changed)
+        if key not in read:
+            read[key] = prepare(changed)
+        return _planned(changes, plan_run(replace(read[key], config=changed)))
 
     return planned
+
+
+def _planned(changes: Sequence[Change], plan: Plan) -> Planned:
+    return Planned(tuple(changes), plan.memory.resident_bytes, plan.seconds, plan.flops)
+
+
+def _of_data(config: Config) -> str:
+    return f"{config.data.model_dump_json()} {config.method.positions}"
 
 
 def _with(raw: dict[str, Any], changes: Sequence[Change]) -> dict[str, Any]:

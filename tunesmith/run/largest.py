@@ -16,7 +16,7 @@ from tunesmith.run.prepare import Prepared
 
 if TYPE_CHECKING:
     from tunesmith.models.policy import Policy
-    from tunesmith.plan.foreseen import Met
+    from tunesmith.plan.foreseen import Met, Seen
     from tunesmith.plan.shape import ModelShape
 
 STEPS = 64  # that are looked at: the sizes of later ones differ little, for steps are cut evenly
@@ -45,6 +45,32 @@ def largest(prepared: Prepared, policy: Policy, shape: ModelShape) -> tuple[tupl
                 found.setdefault((place > 0, number > 0), []).append(rows)
     met = [size.most(rows, *place) for place, rows in found.items()]
     return tuple(sorted(met, key=lambda one: -one.size_bytes)), sum(counts) / len(counts)
+
+
+def judged(prepared: Prepared, policy: Policy) -> Seen | None:
+    """The rows that are evaluated at once, the longest first; None where no loss is."""
+    section = prepared.config.evaluate
+    if prepared.eval is None or not (section.every or section.metrics):
+        return None
+    from tunesmith.data.batch import to_batch
+    from tunesmith.data.encode import Example
+    from tunesmith.evaluate.losses import BATCH_TOKENS, batches
+    from tunesmith.plan.foreseen import seen
+
+    places = list(prepared.eval.places())[: section.rows]
+    kept = [one for place in places if isinstance(one := prepared.eval.example(*place), Example)]
+    first = next(batches(kept, BATCH_TOKENS), None)
+    return None if first is None else seen(policy, to_batch([kept[row] for row in first]))
+
+
+def padding_share(prepared: Prepared) -> float:
+    """Of the places in the micro-batches of the first steps, if each row were as long as the longest, the empty ones."""
+    tokens = places = 0
+    for step in islice(prepared.stream(Cursor()), min(STEPS, prepared.totals.steps)):
+        for rows in step.micro_batches:
+            lengths = [len(row.ids) for row in rows]
+            tokens, places = tokens + sum(lengths), places + len(lengths) * max(lengths)
+    return 1 - tokens / max(1, places)
 
 
 class _Size:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.switches import without
-from tunesmith.run.largest import largest
+from tunesmith.run.largest import judged, largest
 from tunesmith.run.prepare import Prepared
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
     policy.train()  # as it will be: dropout keeps its masks
     shape = read_shape(prepared.folder)
     met, micro_batches = largest(prepared, policy, shape)
+    held_out = judged(prepared, policy)
     batch = met[0].seen.batch
     lengths, share = batch.lengths, batch.targets.numel() / max(1, batch.ids.numel())
     spread: Any = Spread(config.layout.data, config.layout.shard, micro_batches)
@@ -79,6 +80,7 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
                 config.objective.predicts,
                 micro_batches * totals.steps * config.layout.data,
                 met,
+                held_out,
             ),
             trainable=trained,
             loss=lambda batch: config.objective.loss(policy, batch).total,
