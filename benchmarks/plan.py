@@ -62,11 +62,14 @@ def run(name: str, folder: Path) -> None:
 def plan_again(found: list[dict[str, Any]], folder: Path) -> None:
     """Puts what the planner says now in the place of what it said."""
     from tunesmith.config import build_config
+    from tunesmith.plan.calibration import Calibration
     from tunesmith.run.planning import plan_run
     from tunesmith.run.prepare import prepare
 
     for one in found:
-        one["planned"] = plan_run(prepare(build_config(config_of(one["case"], folder)))).as_dict()
+        calibration = Calibration(**one["calibration"]) if "calibration" in one else None
+        prepared = prepare(build_config(config_of(one["case"], folder)))
+        one["planned"] = plan_run(prepared, calibration=calibration).as_dict()
         (folder / f"{one['case']}.json").write_text(json.dumps(one, indent=1) + "\n")
 
 

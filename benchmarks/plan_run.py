@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import tunesmith.run as running
 from benchmarks.plan_cases import config_of
-from tunesmith.config import build_config
+from tunesmith.config import Config, build_config
 from tunesmith.plan.trace import LiveStorages
 from tunesmith.train import step as stepping
 from tunesmith.train import trainer as training
@@ -144,6 +146,18 @@ class Watch:
         }
 
 
+def speed(config: Config) -> dict[str, float]:
+    """How fast the machine was just after the run: beside other jobs that changes within minutes."""
+    from tunesmith.models.source import resolve
+    from tunesmith.plan.calibration import calibrate
+    from tunesmith.plan.shape import read_shape
+    from tunesmith.train import precision
+
+    with tempfile.TemporaryDirectory() as folder:
+        shape, tokens = read_shape(resolve(config.model)), config.train.micro_batch_tokens or 1024
+        return asdict(calibrate(shape, tokens, precision.resolve(config.precision), folder=Path(folder)))
+
+
 def main() -> None:
     """Runs one case and writes what was planned and measured."""
     name, folder = sys.argv[1], Path(sys.argv[2])
@@ -155,7 +169,7 @@ def main() -> None:
     running.run(config)
     planned = json.loads((out / "plan.json").read_text())
     shutil.rmtree(out)
-    found = {"case": name, "planned": planned, "measured": watch.found()}
+    found = {"case": name, "planned": planned, "measured": watch.found(), "calibration": speed(config)}
     (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _TORCH = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_FORMAT = 2  # of what is measured; other numbers in the cache are of something else
+_FORMAT = 4  # of what is measured; other numbers in the cache are of something else
 _MOST_FLOPS = 4e9  # of one product that is timed: larger ones are cut to fewer tokens
+_STREAM_BYTES = 1 << 26  # beyond any cache near a core
 _HEAD_ROWS = 128  # of a chunk of logits
 
 
@@ -38,6 +39,8 @@ class Calibration:
         flops_per_second: products of a block with its weights, forward and to its inputs, in the compute dtype.
         gradient_flops_per_second: products that give the gradient of weights.
         head_flops_per_second: logits, and back.
+        curved_seconds, drawn_seconds: for a number made by an exponential or the like, and one drawn at random, beyond
+            what its bytes take.
         bytes_per_second: read and written by pointwise operations that work on a micro-batch.
         operation_seconds: cost of starting one operation.
     """
@@ -47,6 +50,8 @@ class Calibration:
     operation_seconds: float
     gradient_flops_per_second: float = 0.0
     head_flops_per_second: float = 0.0
+    curved_seconds: float = 0.0
+    drawn_seconds: float = 0.0
 
 
 def calibrate(
@@ -90,6 +95,8 @@ def step_seconds(traced: Traced, calibration: Calibration, head_flops: float = 0
         + gradients / (calibration.gradient_flops_per_second or speed)
         + head_flops / (calibration.head_flops_per_second or speed)
         + traced.traffic_bytes / calibration.bytes_per_second
+        + traced.curved * calibration.curved_seconds
+        + traced.drawn * calibration.drawn_seconds
         + traced.operations * calibration.operation_seconds
     )
 
@@ -121,23 +128,36 @@ def _measure(shape: ModelShape, tokens: int, dtype: torch.dtype, seconds: float)
         products.nt(x, weight)
         products.nn(dy, weight)
 
+    # as in a step, where what is read was made long ago and what is made is kept: memory, not the cache
+    ys = [torch.randn_like(y) for _ in range(max(2, _STREAM_BYTES // (y.numel() * y.element_size())))]
+
     def pointwise() -> None:
-        torch.nn.functional.silu(y)
-        torch.mul(y, y)
-        torch.mul(y.float(), 2.0)  # norms and losses work in float32
+        del made[:]
+        made.extend(torch.mul(one, 2.0) for one in ys)
+
+    made: list[torch.Tensor] = []
 
     work = sum(2 * tokens * weight.numel() for _, weight, _ in maps)
-    moved = y.numel() * (5 * y.element_size() + y.element_size() + 3 * 4)
+    size, narrow = y.numel(), y.element_size()
+    moved = 2 * size * narrow * len(ys)
     with torch.no_grad():
-        point = _typical(pointwise, seconds * 0.2)
+        point = _typical(pointwise, seconds * 0.15)
         start = _typical(lambda: torch.add(small, small), seconds * 0.05)
+        # starting operations is paid apart: a tiny tensor must not look like slow memory
+        speed = moved / max(point - len(ys) * start, point / 10)
+        del made[:]
+        # these stay in the cache: what they take beyond a copy there is what they take beyond their bytes
+        copied = _typical(lambda: torch.mul(y, 2.0), seconds * 0.05) / size
+        curved = _typical(lambda: torch.nn.functional.gelu(y), seconds * 0.05) / size - copied
+        drawn = _typical(lambda: y.bernoulli_(0.9), seconds * 0.05) / size - copied
         return Calibration(
-            flops_per_second=2 * work / _typical(with_weights, seconds * 0.35),
+            flops_per_second=2 * work / _typical(with_weights, seconds * 0.3),
             gradient_flops_per_second=work / _typical(of_weights, seconds * 0.2),
             head_flops_per_second=4 * rows * shape.head_parameters / _typical(logits, seconds * 0.2),
-            # starting operations is paid apart: a tiny tensor must not look like slow memory
-            bytes_per_second=moved / max(point - 4 * start, point / 10),
+            bytes_per_second=speed,
             operation_seconds=start,
+            curved_seconds=max(curved, 1e-12),
+            drawn_seconds=max(drawn, 1e-12),
         )
 
 

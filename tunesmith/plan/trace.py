@@ -29,6 +29,12 @@ from tunesmith.models.shared import foreseen
 from tunesmith.plan.foreseen import Seen
 
 aten = torch.ops.aten
+_CURVED = {
+    "gelu", "gelu_backward", "_softmax", "_softmax_backward_data", "_log_softmax", "_log_softmax_backward_data", "silu",
+    "silu_backward", "tanh", "exp", "erf", "sigmoid",
+}  # fmt: skip
+_DRAWN = {"bernoulli_", "bernoulli", "native_dropout", "uniform_", "normal_"}
+_POINTS = 240  # of a line of memory that is kept
 
 
 class LiveStorages(TorchDispatchMode):
@@ -43,6 +49,8 @@ class LiveStorages(TorchDispatchMode):
         released_bytes: what `release` named; `released_at_peak_bytes` of it when `peak_all_bytes` was reached.
         flops: multiplications and additions of matrix products and attention; one multiply-add is two.
         traffic_bytes: bytes that all other operations read and write.
+        curved, drawn: numbers that exponentials and the like give, and those drawn at random: dearer than their bytes.
+        line: (`now_bytes`, `released_bytes`) each time that a storage was made.
         operations: how many there were, views aside.
     """
 
@@ -50,7 +58,8 @@ class LiveStorages(TorchDispatchMode):
         super().__init__()
         self.now_bytes = self.peak_bytes = self.peak_all_bytes = 0
         self.released_bytes = self.released_at_peak_bytes = 0
-        self.flops = self.traffic_bytes = self.operations = 0
+        self.flops = self.traffic_bytes = self.operations = self.curved = self.drawn = 0
+        self.line: list[tuple[int, int]] = []
         self._alive: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(
@@ -103,6 +112,7 @@ class LiveStorages(TorchDispatchMode):
         self._see()
 
     def _see(self) -> None:
+        self.line.append((self.now_bytes, self.released_bytes))
         self.peak_bytes = max(self.peak_bytes, self.now_bytes)
         if self.now_bytes + self.released_bytes > self.peak_all_bytes:
             self.peak_all_bytes = self.now_bytes + self.released_bytes
@@ -120,6 +130,9 @@ class LiveStorages(TorchDispatchMode):
         if not flops:
             read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             self.traffic_bytes += sum(tensor.numel() * tensor.element_size() for tensor in (*read, *produced))
+            name = func._overloadpacket.__name__
+            self.curved += produced[0].numel() if name in _CURVED else 0
+            self.drawn += produced[0].numel() if name in _DRAWN else 0
 
 
 @dataclass(frozen=True)
@@ -131,9 +144,11 @@ class Traced:
         peak_bytes: the same with finished gradients.
         forward_peak_bytes: the most that the forward holds at once.
         finished_bytes: finished gradients at the peak.
+        line: activations and finished gradients over the operations, at most so many points, the fullest of each span.
         saved_bytes: alive after the forward: what the backward needs.
         forward_flops, backward_flops: work of each direction.
         traffic_bytes: bytes read and written outside matrix products, both directions.
+        curved, drawn: numbers made by exponentials and the like, and at random, both directions.
         operations: number of operations, both directions.
         tokens: in the micro-batch.
     """
@@ -148,6 +163,9 @@ class Traced:
     tokens: int
     forward_peak_bytes: int = 0
     finished_bytes: int = 0
+    curved: int = 0
+    drawn: int = 0
+    line: tuple[tuple[int, int], ...] = ()
 
     @property
     def flops(self) -> int:
@@ -232,6 +250,9 @@ def measure(
         tokens=tokens,
         forward_peak_bytes=forward_peak,
         finished_bytes=live.released_at_peak_bytes,
+        curved=live.curved,
+        drawn=live.drawn,
+        line=_thinned(live.line),
     )
 
 
@@ -288,6 +309,11 @@ def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(pretended, requires_grad=tensor.requires_grad)
     return pretended
+
+
+def _thinned(line: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    step = -(-len(line) // _POINTS) or 1
+    return tuple(max(line[start : start + step], key=sum) for start in range(0, len(line), step))
 
 
 def _release(live: LiveStorages, gradient: Tensor | None, item_bytes: int) -> None:

@@ -14,14 +14,22 @@ if TYPE_CHECKING:
     from tunesmith.config import Config
     from tunesmith.models.load import Loaded
     from tunesmith.models.recompute import How, Recompute
+    from tunesmith.plan.calibration import Calibration
     from tunesmith.plan.plan import Plan
 
 
-def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, Any] | None = None) -> Plan:
+def plan_run(
+    prepared: Prepared,
+    *,
+    calibrated: bool = True,
+    calibration: Calibration | None = None,
+    chosen: dict[str, Any] | None = None,
+) -> Plan:
     """What the run will need. Raises ConfigError where the method does not fit the model.
 
     Args:
-        calibrated: measure this machine (once, for a second or two) so that the plan can say how long.
+        calibrated: say how long it takes.
+        calibration: how fast the machine is; None measures this one, once, for a second or two.
         chosen: what an earlier plan of the run chose to recompute, for `train.recompute: auto`; None chooses now.
     """
     from torch import nn
@@ -64,7 +72,7 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
             config.precision.master,
         )
     model = loaded.model if adapter.head is None else nn.ModuleList([loaded.model, adapter.head])
-    calibration = calibrate(shape, sum(lengths), compute) if calibrated else None
+    speed = (calibration or calibrate(shape, sum(lengths), compute)) if calibrated else None
 
     def made(how: How | Recompute) -> Plan:
         policy.recompute(how)
@@ -86,7 +94,7 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
             loss=lambda batch: config.objective.loss(policy, batch).total,
             master=config.precision.master,
             optimizer_state=config.train.optimizer_state,
-            calibration=calibration,
+            calibration=speed,
         )
         return spread.applied(found, tensor_specs(model, trained))
 
