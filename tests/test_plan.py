@@ -12,7 +12,7 @@ from plan_models import loss_of, small_config, small_model, with_low_rank
 from rich.console import Console
 
 from tunesmith.core.amounts import in_bytes, in_count, in_time
-from tunesmith.plan.compute import Calibration, calibrate
+from tunesmith.plan.calibration import Calibration, calibrate
 from tunesmith.plan.plan import Workload, make_plan
 from tunesmith.plan.shape import read_shape
 from tunesmith.plan.show import bar, show_plan

@@ -1,21 +1,16 @@
-"""Commands that look before anything is paid: check (data and settings) and plan (memory and cost)."""
+"""The command that looks at settings and data before anything is paid: check."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from tunesmith.cli.arguments import ConfigFile, Json, Overrides
 
-if TYPE_CHECKING:
-    from tunesmith.config import Config
-
-
 def register(app: typer.Typer) -> None:
-    """Adds this file's commands to the program."""
+    """Adds this file's command to the program."""
     app.command()(check)
-    app.command()(plan)
 
 
 def check(
@@ -70,70 +65,3 @@ def _show_rows(dataset: Any, rows: int) -> None:
         console.print(Text.assemble((what, "dim"), (learnt, "bold green")))
     if rows:
         console.rule()
-
-
-def plan(
-    config: Annotated[str, typer.Argument(metavar="[CONFIG]", help="A YAML file, as `tunesmith init` writes it.")] = "",
-    overrides: Overrides = None,
-    cluster: Annotated[
-        str, typer.Option("--cluster", metavar="FILE", help="A YAML file of nodes: ranks the layouts on them instead.")
-    ] = "",
-    top: Annotated[int, typer.Option("--top", min=1, help="How many layouts of a cluster to show.")] = 10,
-    formats: Annotated[bool, typer.Option("--formats", help="Show the formats of numbers instead of a plan.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Say before anything is paid what CONFIG needs: parameters, memory, steps, tokens, FLOPs, time.
-
-    With --cluster: how the model would lie on machines that are only described, every layout, the fastest first.
-    """
-    if formats or not config:
-        _formats(bool(config), formats, as_json)
-        return
-    from tunesmith.config import load_config, naming
-
-    wanted = load_config(config, overrides)
-    with naming(config):
-        made = _placed(wanted, cluster, top) if cluster else _planned(wanted)
-    if as_json:
-        from tunesmith.cli.main import print_json
-
-        print_json(made)
-        return
-    from rich.console import Console
-
-    from tunesmith.plan.show import show_plan
-    from tunesmith.plan.show_layouts import show_layouts
-
-    Console(highlight=False).print(show_layouts(made) if cluster else show_plan(made))
-
-
-def _planned(config: Config) -> dict[str, Any]:
-    from tunesmith.run.planning import plan_run
-    from tunesmith.run.prepare import prepare
-
-    return plan_run(prepare(config)).as_dict()
-
-
-def _placed(config: Config, cluster: str, top: int) -> dict[str, Any]:
-    from tunesmith.run.placing import rank_layouts, read_cluster
-
-    return rank_layouts(config, read_cluster(cluster)).as_dict(top)
-
-
-def _formats(has_config: bool, asked: bool, as_json: bool) -> None:
-    from tunesmith.core.errors import ConfigError
-
-    if has_config or not asked:
-        told = "takes no CONFIG with --formats" if asked else "needs a CONFIG, or --formats"
-        raise ConfigError(told, where="plan", hint="tunesmith plan CONFIG, or tunesmith plan --formats")
-    from tunesmith.plan.formats import formats, show_formats
-
-    table = formats()
-    if as_json:
-        from tunesmith.cli.main import print_json
-
-        print_json([one.as_dict() for one in table])
-        return
-    from rich.console import Console
-
-    Console(highlight=False).print(show_formats(table))

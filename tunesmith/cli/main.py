@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from tunesmith.cli import claims, compare, judge, launch, look, ship, start, sweep, talk, tune
+from tunesmith.cli import claims, compare, judge, launch, look, planning, ship, start, sweep, talk, tune
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.files import os_error
 
@@ -31,7 +31,7 @@ app = typer.Typer(
 # typer brings its own copy of click, under a name that is not public
 UsageError = typer.BadParameter.__mro__[1]
 
-for group in (start, look, tune, launch, judge, sweep, compare, claims, talk, ship):
+for group in (start, look, planning, tune, launch, judge, sweep, compare, claims, talk, ship):
     group.register(app)
 
 

@@ -1,11 +1,24 @@
-"""Amounts as people read them: bytes, counts, times. Powers of ten, so that GB is 10^9 bytes.
+"""Amounts as people read and write them: bytes, counts, times. Powers of ten, so that GB is 10^9 bytes.
 
-Only for showing: everything inside counts bytes, tokens and seconds.
+Only for showing and asking: everything inside counts bytes, tokens and seconds.
 """
 
 from __future__ import annotations
 
 import math
+import re
+
+from tunesmith.core.errors import ConfigError
+
+_SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "mib": 2**20, "gib": 2**30}
+
+
+def read_bytes(text: str, where: str) -> int:
+    """Bytes of 24GB, "1.5 GiB", 800mb or a plain number. Raises ConfigError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    if found is None or found[2] not in _SIZES or float(found[1]) <= 0:
+        raise ConfigError(f"{text!r} is no amount of memory", where=where, hint="as in 24GB, 800MB or 1.5GiB")
+    return int(float(found[1]) * _SIZES[found[2]])
 
 
 def in_bytes(count: float) -> str:

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from tunesmith.data.encode import Example
     from tunesmith.models.policy import Policy
 
+BATCH_TOKENS = 4096
+
 
 def row_losses(
     policy: Policy,
     examples: Sequence[Example],
     *,
-    batch_tokens: int = 4096,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[float], list[int]]:
     """Summed negative log-likelihood (nats) and number of supervised tokens of each example, in their order.

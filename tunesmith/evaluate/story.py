@@ -152,7 +152,9 @@ def planned(files: Files) -> list[dict[str, str]]:
     counted = mapping(files.run.get("model")).get("parameters")
     counted = counted if isinstance(counted, dict) else {"total": counted}
     peak = number(memory.get("peak_bytes") or memory.get("total_bytes"))
-    resident = None if peak is None else peak + (number(memory.get("overhead_bytes")) or 0)
+    resident = number(memory.get("resident_bytes"))
+    if resident is None and peak is not None:  # of an older plan
+        resident = peak + (number(memory.get("overhead_bytes")) or 0)
     rows = [
         ("parameters", parameters.get("total"), counted.get("total"), "{:,.0f}".format),
         ("trained parameters", parameters.get("trainable"), counted.get("trainable"), "{:,.0f}".format),

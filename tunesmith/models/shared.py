@@ -8,12 +8,15 @@ same states there. A group's beginning becomes one segment, the rest of each doc
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from tunesmith.core.context import holding
 from tunesmith.core.switches import on
 from tunesmith.models.attention import is_heard
 from tunesmith.models.families import setting
@@ -84,14 +87,25 @@ class Compact:
             run: answers the states at some places of what is computed, of all for None.
         """
         if wanted is None:
-            return _taken(run(None), self.places)
+            return taken(run(None), self.places)
         places = self.places[wanted]
         once, numbers = torch.unique(places, return_inverse=True)
-        return run(places) if len(once) == len(places) else _taken(run(once), numbers)
+        return run(places) if len(once) == len(places) else taken(run(once), numbers)
+
+
+_foreseen: ContextVar[Compact | None] = ContextVar("tunesmith_foreseen", default=None)
+
+
+def foreseen(compact: Compact | None) -> AbstractContextManager[None]:
+    """Tells what was found of a batch whose numbers are not there within: a plan's."""
+    return holding(_foreseen, compact)
 
 
 def compacted(policy: Policy, batch: Batch) -> Compact | None:
     """How a batch is computed with each shared beginning once; None where that saves too little or is not exact."""
+    known = _foreseen.get()
+    if known is not None and len(known.places) == len(batch.ids):
+        return known
     if not on("shared_prefix") or len(batch.lengths) < 2 or not _takes(policy, batch):
         return None
     route = policy.route
@@ -204,7 +218,7 @@ def _laid_out(groups: Sequence[Group], batch: Batch) -> Compact:
     return Compact(tokens.to(device), places.to(device), Segments(lengths, prefixes), owners)
 
 
-def _taken(found: Tensor, places: Tensor) -> Tensor:
+def taken(found: Tensor, places: Tensor) -> Tensor:
     """found[places], the gradients of what is taken several times summed in float32 or wider, in a fixed order."""
     wide = found.to(torch.promote_types(found.dtype, torch.float32))
     # indexing is deterministic on an accelerator, selecting on a CPU

@@ -7,8 +7,8 @@ on the meta device counts as well as one with data. Activations come from `trace
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.errors import ConfigError, did_you_mean
 from tunesmith.core.moments import STATE_BYTES, moment_bytes
@@ -20,9 +20,14 @@ if TYPE_CHECKING:
 # moments that each optimizer keeps for a trained number
 MOMENTS = {"adamw": 2, "adam": 2, "lion": 1, "momentum": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0}
 
-# resident memory of a process that has imported torch 2.13 (CPU build) and transformers 5.23 and has made one step
-# of a 2-layer model of width 64 (VmRSS, x86-64 Linux, one thread); of it python 13 MB and torch 217 MB
-IMPORTS_BYTES = 370_000_000
+# what a process takes beside its tensors once a model is loaded: torch 2.13 (CPU build), transformers 5.23, tokenizer
+# and rows (VmHWM, x86-64 Linux, one thread); and what the allocator keeps of activations that were let go, as a share
+# of these. Both fitted on the runs of `benchmarks/plan.py --fitted`, which are none of those that plans are judged by
+IMPORTS_BYTES = 475_000_000
+KEPT_SHARE = 0.52
+
+
+Parts = dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,8 @@ class Memory:
         offloaded_bytes: what waits outside memory (`train.offload`); in no other part, nor in the total.
         peak_bytes: the most that tensors take at one moment. Less than the total when gradients are not yet there
             while activations are; equal to it where that is not known.
+        phases: bytes by part when tensors take most in each phase, where that is known: load, forward, backward, step,
+            save, and evaluate where there is one.
     """
 
     weights_bytes: int
@@ -90,6 +97,7 @@ class Memory:
     overhead_bytes: int = IMPORTS_BYTES
     peak_bytes: int = 0
     offloaded_bytes: int = 0
+    phases: dict[str, Parts] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -101,7 +109,17 @@ class Memory:
         """What does not depend on the batch: 16 bytes a parameter in full bf16 training with AdamW."""
         return self.weights_bytes + self.master_bytes + self.gradients_bytes + self.optimizer_bytes
 
-    def as_dict(self) -> dict[str, int]:
+    @property
+    def resident_bytes(self) -> int:
+        """What the process takes at its fullest: libraries, tensors, what its allocator keeps, a file in the making.
+
+        A checkpoint is put together in memory: of its two files, weights and moments, one at a time.
+        """
+        working = (self.peak_bytes or self.total_bytes) + round(KEPT_SHARE * self.activations_bytes)
+        saving = sum(self.phases.get("save", {}).values()) + max(self.optimizer_bytes, self.gradients_bytes)
+        return self.overhead_bytes + max(working, saving)
+
+    def as_dict(self) -> dict[str, Any]:
         """The parts and their total, under the keys of plan.json."""
         return {
             "weights_bytes": self.weights_bytes,
@@ -113,6 +131,8 @@ class Memory:
             "total_bytes": self.total_bytes,
             "peak_bytes": self.peak_bytes or self.total_bytes,
             "overhead_bytes": self.overhead_bytes,
+            "resident_bytes": self.resident_bytes,
+            "phases": self.phases,
         }
 
 

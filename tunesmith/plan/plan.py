@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.plan.compute import Calibration, flops_per_token, step_seconds
+from tunesmith.plan.calibration import Calibration, step_seconds
+from tunesmith.plan.compute import flops_per_token
 from tunesmith.plan.memory import (
     Memory,
     Parameters,
@@ -20,6 +21,7 @@ from tunesmith.plan.memory import (
     estimate_activations,
     tensor_specs,
 )
+from tunesmith.plan.moments import Moment, Moments
 from tunesmith.plan.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from tunesmith.core.problem import ProblemKind
     from tunesmith.core.types import Batch
+    from tunesmith.plan.foreseen import Met, Seen
     from tunesmith.plan.trace import Traced
 
 
@@ -40,6 +43,9 @@ class Workload:
         lengths: tokens of the documents of the largest micro-batch.
         supervised_share: tokens with a target / tokens.
         predicts: what a head predicts; None where text is learnt.
+        passes: micro-batches of the run; 0 where all are as large as the largest.
+        met: micro-batches of which one is the fullest moment of the run; none makes one of the lengths.
+        judged: what is evaluated at once, where the loss is.
     """
 
     steps: int
@@ -47,6 +53,9 @@ class Workload:
     lengths: tuple[int, ...]
     supervised_share: float = 1.0
     predicts: ProblemKind | None = None
+    passes: float = 0.0
+    met: tuple[Met, ...] = ()
+    judged: Seen | None = None
 
     @property
     def micro_tokens(self) -> int:
@@ -139,10 +148,17 @@ def make_plan(
         offload_optimizer=offload_optimizer,
     )
     if loss is not None:
-        from tunesmith.plan.trace import trace
+        from tunesmith.plan.foreseen import Met, Seen
+        from tunesmith.plan.trace import sample_batch, trace_evaluation, trace_seen
 
-        traced = trace(model, loss, work.lengths, work.supervised_share, work.predicts)
-        return _traced(specs, state, work, traced, calibration)
+        sample = Met(Seen(sample_batch(work.lengths, work.supervised_share, work.predicts)))
+
+        def traced(one: Met) -> Traced:
+            return trace_seen(model, loss, one.seen, wide_gradients=master and fp32_gradients)
+
+        evaluated = None if work.judged is None else trace_evaluation(model, loss, work.judged)
+        moments = Moments(state, traced, work.met or (sample,))
+        return _traced(specs, state, shape, work, moments, evaluated, calibration)
     size = item_bytes or max(specs, key=lambda spec: spec.count).item_bytes
     learnt = round(work.micro_tokens * work.supervised_share)
     activations = estimate_activations(shape, work.micro_tokens, learnt, item_bytes=size, recompute=recompute)
@@ -158,28 +174,56 @@ def make_plan(
 
 
 def _traced(
-    specs: list[TensorSpec], state: Memory, work: Workload, traced: Traced, calibration: Calibration | None
+    specs: list[TensorSpec],
+    state: Memory,
+    shape: ModelShape,
+    work: Workload,
+    moments: Moments,
+    evaluated: Traced | None,
+    calibration: Calibration | None,
 ) -> Plan:
-    kept = state.state_bytes - state.gradients_bytes
-    # in the update all gradients are there, in the backward the activations and some of them
-    peak = max(kept + traced.peak_bytes, state.state_bytes)
+    fullest = moments.fullest()
+    weights, master = {"weights": state.weights_bytes}, {"master": state.master_bytes}
+    kept = {**weights, **master, "optimizer": state.optimizer_bytes}
+    phases = {
+        "load": weights,
+        "forward": fullest.forward,
+        "backward": fullest.backward,
+        "step": {**kept, "gradients": state.gradients_bytes},
+        "save": kept,
+    }
+    if evaluated is not None:
+        phases["evaluate"] = {**kept, "activations": evaluated.activations_bytes}
+    traced = fullest.traced
     times = work.tokens / max(1, traced.tokens)
+    activations, peak = traced.activations_bytes, max(sum(parts.values()) for parts in phases.values())
     return Plan(
         parameters=count_parameters(specs),
-        memory=replace(state, activations_bytes=traced.activations_bytes, peak_bytes=peak),
+        memory=replace(state, activations_bytes=activations, peak_bytes=peak, phases=phases),
         steps=work.steps,
         tokens=work.tokens,
         flops=round(traced.flops * times),
-        seconds=_seconds(specs, state, work, traced, calibration) if calibration else None,
+        seconds=_seconds(specs, state, shape, work, fullest, calibration) if calibration else None,
         exact_activations=True,
     )
 
 
-def _seconds(specs: list[TensorSpec], state: Memory, work: Workload, traced: Traced, calibration: Calibration) -> float:
+def _seconds(
+    specs: list[TensorSpec],
+    state: Memory,
+    shape: ModelShape,
+    work: Workload,
+    moment: Moment,
+    calibration: Calibration,
+) -> float:
+    traced, times = moment.traced, work.tokens / max(1, moment.traced.tokens)
     trained = sum(spec.nbytes for spec in specs if spec.trainable)
     update = trained + state.master_bytes + state.gradients_bytes + state.optimizer_bytes + state.offloaded_bytes
-    forward_and_backward = step_seconds(traced, calibration) * work.tokens / max(1, traced.tokens)
-    return forward_and_backward + 2 * work.steps * update / calibration.bytes_per_second  # read and written
+    head = 0.0 if work.predicts else 4.0 * shape.head_parameters * moment.learnt_tokens
+    starting = traced.operations * calibration.operation_seconds
+    computing = step_seconds(traced, calibration, min(head, traced.flops)) - starting
+    updating = 2 * work.steps * update / calibration.bytes_per_second  # read and written
+    return computing * times + starting * (work.passes or times) + updating
 
 
 def _estimated_flops(specs: list[TensorSpec], shape: ModelShape, work: Workload) -> float:

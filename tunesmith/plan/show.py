@@ -1,4 +1,4 @@
-"""A plan as a person reads it in the terminal: bars for memory, one line for the work.
+"""A plan as a person reads it in the terminal: bars for memory by part and by phase, lines for the work.
 
 How amounts are written is in `core.amounts`.
 """
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.amounts import in_bytes, in_count, in_time
 from tunesmith.plan.choice import choice_line
+from tunesmith.plan.data_need import show_need
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -21,6 +22,7 @@ _PARTS = (
     ("activations", "activations_bytes", "green"),
 )
 
+PHASES = ("load", "forward", "backward", "step", "evaluate", "save")
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
@@ -47,7 +49,33 @@ def show_plan(plan: dict[str, Any], width: int = 36) -> RenderableType:
         else []
     )
     lines += [_spread(plan["layout"])] if plan.get("layout") else []
-    return Group(Text(_headline(plan)), Text(), table, Text(), Text(_work(plan)), *map(Text, lines))
+    lines += show_need(plan["data"]) if plan.get("data") else []
+    phases = [show_phases(memory["phases"], width), Text()] if memory.get("phases") else []
+    return Group(Text(_headline(plan)), Text(), table, Text(), *phases, Text(_work(plan)), *map(Text, lines))
+
+
+def show_phases(phases: dict[str, dict[str, int]], width: int = 36) -> RenderableType:
+    """A row for each phase of a run: what tensors take in it at most, as a bar of its parts in their colours."""
+    from rich.table import Table
+    from rich.text import Text
+
+    sums = {name: sum(parts.values()) for name, parts in phases.items()}
+    largest = max(sums.values(), default=0)
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column()
+    for name in (name for name in PHASES if name in phases):
+        text, before = Text(), 0.0
+        for _, key, colour in _PARTS:
+            # each part begins where the one before ends, so that no rounding adds up
+            after = before + phases[name].get(key.removesuffix("_bytes"), 0)
+            cells = round(width * after / max(1, largest)) - round(width * before / max(1, largest))
+            text.append("█" * cells, style=colour)
+            before = after
+        title = f"{name} (fullest)" if sums[name] == largest else name
+        table.add_row(title, in_bytes(sums[name]), text)
+    return table
 
 
 def bar(value: float, largest: float, width: int) -> str:
@@ -78,7 +106,9 @@ def _notes(plan: dict[str, Any]) -> str:
     notes = []
     if plan.get("activations") == "estimated":
         notes.append("activations estimated")
-    if memory.get("overhead_bytes"):
+    if memory.get("resident_bytes"):
+        notes.append(f"the process takes about {in_bytes(memory['resident_bytes'])} with Python and its libraries")
+    elif memory.get("overhead_bytes"):
         notes.append(f"and about {in_bytes(memory['overhead_bytes'])} for Python and its libraries")
     return ", ".join(notes)
 
@@ -87,4 +117,8 @@ def _work(plan: dict[str, Any]) -> str:
     parts = [f"{plan['steps']:,} steps", f"{plan['tokens']:,} tokens", f"{in_count(plan['flops'])}FLOP"]
     if plan.get("seconds") is not None:
         parts.append(f"about {in_time(plan['seconds'])} on this machine")
+    likely = plan.get("likely")
+    if likely and likely["seconds"]:
+        low, high = map(in_time, likely["seconds"])
+        parts.append(f"{low} to {high} by {likely['runs']} past runs")
     return ", ".join(parts)

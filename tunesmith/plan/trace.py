@@ -25,8 +25,16 @@ from tunesmith.core.problem import ProblemKind
 from tunesmith.core.types import Batch
 from tunesmith.kernels.build import counted, imitated
 from tunesmith.kernels.quantized import Quantized
+from tunesmith.models.shared import foreseen
+from tunesmith.plan.foreseen import Seen
 
 aten = torch.ops.aten
+_CURVED = {
+    "gelu", "gelu_backward", "_softmax", "_softmax_backward_data", "_log_softmax", "_log_softmax_backward_data", "silu",
+    "silu_backward", "tanh", "exp", "erf", "sigmoid",
+}  # fmt: skip
+_DRAWN = {"bernoulli_", "bernoulli", "native_dropout", "uniform_", "normal_"}
+_POINTS = 240  # of a line of memory that is kept
 
 
 class LiveStorages(TorchDispatchMode):
@@ -38,16 +46,20 @@ class LiveStorages(TorchDispatchMode):
         now_bytes: alive now, without what `release` named.
         peak_bytes: the most alive at once, without what `release` named.
         peak_all_bytes: the most alive at once, with it.
-        released_bytes: what `release` named.
+        released_bytes: what `release` named; `released_at_peak_bytes` of it when `peak_all_bytes` was reached.
         flops: multiplications and additions of matrix products and attention; one multiply-add is two.
         traffic_bytes: bytes that all other operations read and write.
+        curved, drawn: numbers that exponentials and the like give, and those drawn at random: dearer than their bytes.
+        line: (`now_bytes`, `released_bytes`) each time that a storage was made.
         operations: how many there were, views aside.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now_bytes = self.peak_bytes = self.peak_all_bytes = self.released_bytes = 0
-        self.flops = self.traffic_bytes = self.operations = 0
+        self.now_bytes = self.peak_bytes = self.peak_all_bytes = 0
+        self.released_bytes = self.released_at_peak_bytes = 0
+        self.flops = self.traffic_bytes = self.operations = self.curved = self.drawn = 0
+        self.line: list[tuple[int, int]] = []
         self._alive: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(
@@ -75,12 +87,20 @@ class LiveStorages(TorchDispatchMode):
         self.flops += flops
         self.operations += 1
 
-    def release(self, tensor: Tensor) -> None:
-        """Counts a storage apart from now on: a gradient that has become one."""
+    def release(self, tensor: Tensor, item_bytes: int = 0) -> None:
+        """Counts a storage apart from now on: a gradient that has become one.
+
+        Args:
+            item_bytes: of the numbers that are kept of it in a storage of their own, where that is not this one.
+        """
         storage = tensor.untyped_storage()
         if self._alive.pop(storage._cdata, None) is not None:
+            if item_bytes > tensor.element_size():
+                self.released_bytes += item_bytes * tensor.numel()
+                self._see()
+            else:
+                self.released_bytes += storage.nbytes()
             self.now_bytes -= storage.nbytes()
-            self.released_bytes += storage.nbytes()
 
     def _hold(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -89,8 +109,14 @@ class LiveStorages(TorchDispatchMode):
             return
         self._alive[key] = weakref.ref(storage, partial(self._drop, key, size))
         self.now_bytes += size
+        self._see()
+
+    def _see(self) -> None:
+        self.line.append((self.now_bytes, self.released_bytes))
         self.peak_bytes = max(self.peak_bytes, self.now_bytes)
-        self.peak_all_bytes = max(self.peak_all_bytes, self.now_bytes + self.released_bytes)
+        if self.now_bytes + self.released_bytes > self.peak_all_bytes:
+            self.peak_all_bytes = self.now_bytes + self.released_bytes
+            self.released_at_peak_bytes = self.released_bytes
 
     def _drop(self, key: int, size: int, reference: weakref.ref[Any]) -> None:
         if self._alive.get(key) is reference:
@@ -104,6 +130,9 @@ class LiveStorages(TorchDispatchMode):
         if not flops:
             read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             self.traffic_bytes += sum(tensor.numel() * tensor.element_size() for tensor in (*read, *produced))
+            name = func._overloadpacket.__name__
+            self.curved += produced[0].numel() if name in _CURVED else 0
+            self.drawn += produced[0].numel() if name in _DRAWN else 0
 
 
 @dataclass(frozen=True)
@@ -113,9 +142,13 @@ class Traced:
     Attributes:
         activations_bytes: the most that forward and backward hold at once, weights and finished gradients aside.
         peak_bytes: the same with finished gradients.
+        forward_peak_bytes: the most that the forward holds at once.
+        finished_bytes: finished gradients at the peak.
+        line: activations and finished gradients over the operations, at most so many points, the fullest of each span.
         saved_bytes: alive after the forward: what the backward needs.
         forward_flops, backward_flops: work of each direction.
         traffic_bytes: bytes read and written outside matrix products, both directions.
+        curved, drawn: numbers made by exponentials and the like, and at random, both directions.
         operations: number of operations, both directions.
         tokens: in the micro-batch.
     """
@@ -128,6 +161,11 @@ class Traced:
     traffic_bytes: int
     operations: int
     tokens: int
+    forward_peak_bytes: int = 0
+    finished_bytes: int = 0
+    curved: int = 0
+    drawn: int = 0
+    line: tuple[tuple[int, int], ...] = ()
 
     @property
     def flops(self) -> int:
@@ -146,22 +184,56 @@ def trace(
     The model may be on meta or hold data; it is as before afterwards. `loss` gives a scalar. A device other than
     the CPU is not imitated: kernels that save other tensors there will differ.
     """
+    return trace_seen(model, loss, Seen(sample_batch(lengths, supervised_share, predicts)))
+
+
+def trace_seen(
+    model: nn.Module, loss: Callable[[Batch], Tensor], seen: Seen, *, wide_gradients: bool = False
+) -> Traced:
+    """The same for a micro-batch of real rows.
+
+    Args:
+        wide_gradients: as in `measure`.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, _as_if_on_cpu(model, fake), imitated():
-        batch = sample_batch(lengths, supervised_share, predicts)
-        return measure(model, lambda: loss(batch), sum(lengths))
+        known = seen.faked(fake)
+        with foreseen(known.compact):
+            return measure(
+                model, lambda: loss(known.batch), len(seen.batch.ids), wide_gradients=wide_gradients
+            )
 
 
-def measure(model: nn.Module, loss: Callable[[], Tensor], tokens: int) -> Traced:
-    """Counts one forward and backward where the model is, data or not; leaves gradients as backward does."""
+def trace_evaluation(model: nn.Module, loss: Callable[[Batch], Tensor], seen: Seen) -> Traced:
+    """The same in evaluation mode, without a backward; the model trains again afterwards."""
+
+    def judged(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            return loss(batch)
+
+    model.eval()
+    try:
+        return trace_seen(model, judged, seen)
+    finally:
+        model.train()
+
+
+def measure(
+    model: nn.Module, loss: Callable[[], Tensor], tokens: int, *, wide_gradients: bool = False
+) -> Traced:
+    """Counts one forward and backward where the model is, data or not; leaves gradients as backward does.
+
+    Args:
+        wide_gradients: finished gradients are counted as summed in float32, as the trainer does for masters.
+    """
     with LiveStorages() as live, counted(live.add_flops):
         hooks = [
-            parameter.register_post_accumulate_grad_hook(lambda found: _release(live, found.grad))
+            parameter.register_post_accumulate_grad_hook(lambda found: _release(live, found.grad, 4 * wide_gradients))
             for parameter in model.parameters()
             if parameter.requires_grad
         ]
         try:
             total = loss()
-            saved, forward = live.now_bytes, live.flops
+            saved, forward, forward_peak = live.now_bytes, live.flops, live.peak_all_bytes
             if total.requires_grad:
                 total.backward()
         finally:
@@ -176,6 +248,11 @@ def measure(model: nn.Module, loss: Callable[[], Tensor], tokens: int) -> Traced
         traffic_bytes=live.traffic_bytes,
         operations=live.operations,
         tokens=tokens,
+        forward_peak_bytes=forward_peak,
+        finished_bytes=live.released_at_peak_bytes,
+        curved=live.curved,
+        drawn=live.drawn,
+        line=_thinned(live.line),
     )
 
 
@@ -234,9 +311,14 @@ def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     return pretended
 
 
-def _release(live: LiveStorages, gradient: Tensor | None) -> None:
+def _thinned(line: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    step = -(-len(line) // _POINTS) or 1
+    return tuple(max(line[start : start + step], key=sum) for start in range(0, len(line), step))
+
+
+def _release(live: LiveStorages, gradient: Tensor | None, item_bytes: int) -> None:
     if gradient is not None:
-        live.release(gradient)
+        live.release(gradient, item_bytes)
 
 
 def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:

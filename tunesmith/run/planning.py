@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.switches import without
-from tunesmith.data.deal import deal
-from tunesmith.data.pack import cut, cut_into
+from tunesmith.run.largest import judged, largest
 from tunesmith.run.prepare import Prepared
 
 if TYPE_CHECKING:
@@ -19,14 +18,22 @@ if TYPE_CHECKING:
     from tunesmith.core.types import Batch
     from tunesmith.models.load import Loaded
     from tunesmith.models.recompute import How, Recompute
+    from tunesmith.plan.calibration import Calibration
     from tunesmith.plan.plan import Plan
 
 
-def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, Any] | None = None) -> Plan:
+def plan_run(
+    prepared: Prepared,
+    *,
+    calibrated: bool = True,
+    calibration: Calibration | None = None,
+    chosen: dict[str, Any] | None = None,
+) -> Plan:
     """What the run will need. Raises ConfigError where the method does not fit the model.
 
     Args:
-        calibrated: measure this machine (once, for a second or two) so that the plan can say how long.
+        calibrated: say how long it takes.
+        calibration: how fast the machine is; None measures this one, once, for a second or two.
         chosen: what an earlier plan of the run chose to recompute, for `train.recompute: auto`; None chooses now.
     """
     import torch
@@ -35,7 +42,7 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
     from tunesmith.models.policy import Policy
     from tunesmith.models.recompute import Blocks
     from tunesmith.plan.choice import cheapest
-    from tunesmith.plan.compute import calibrate
+    from tunesmith.plan.calibration import calibrate
     from tunesmith.plan.memory import tensor_specs
     from tunesmith.plan.plan import Workload, make_plan
     from tunesmith.plan.room import room_bytes
@@ -49,9 +56,13 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
     loaded = open_meta(prepared)
     adapter = config.method.attach(loaded, seed=config.train.seed)
     policy = Policy(loaded, adapter.route, packed=config.data.packing)
-    lengths, share, micro_batches = _micro_batch(prepared)
     totals = prepared.totals
+    policy.train()  # as it will be: dropout keeps its masks
     shape = read_shape(prepared.folder)
+    met, micro_batches = largest(prepared, policy, shape)
+    held_out = judged(prepared, policy)
+    batch = met[0].seen.batch
+    lengths, share = batch.lengths, batch.targets.numel() / max(1, batch.ids.numel())
     spread: Any = Spread(config.layout.data, config.layout.shard, micro_batches)
     if config.layout.tensor * config.layout.pipeline > 1:
         from tunesmith.plan.parts import PartsSpread
@@ -67,7 +78,7 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
             config.precision.master,
         )
     model = loaded.model if adapter.head is None else nn.ModuleList([loaded.model, adapter.head])
-    calibration = calibrate(shape, sum(lengths), compute) if calibrated else None
+    speed = (calibration or calibrate(shape, sum(lengths), compute)) if calibrated else None
 
     def made(how: How | Recompute) -> Plan:
         policy.recompute(how)
@@ -81,13 +92,22 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
         found = make_plan(
             model,
             shape,
-            Workload(totals.steps, totals.tokens, lengths, share, config.objective.predicts),
+            Workload(
+                totals.steps,
+                totals.tokens,
+                lengths,
+                share,
+                config.objective.predicts,
+                micro_batches * totals.steps * config.layout.data,
+                met,
+                held_out,
+            ),
             trainable=trained,
             loss=loss,
             master=config.precision.master,
             optimizer_state=config.train.optimizer_state,
             offload_optimizer=config.train.offload == "optimizer",
-            calibration=calibration,
+            calibration=speed,
         )
         spilled = found.memory.offloaded_bytes + offload.spilled_bytes
         found = replace(found, memory=replace(found.memory, offloaded_bytes=spilled))
@@ -123,29 +143,3 @@ def open_meta(prepared: Prepared) -> Loaded:
     loaded = meta(str(prepared.folder), dtype=resolve(precision), base=precision.base)
     loaded.predicts = prepared.problem
     return loaded
-
-
-def _micro_batch(prepared: Prepared) -> tuple[tuple[int, ...], float, float]:
-    """Lengths of the largest micro-batch among the first steps, the share of its tokens that is supervised, and how
-    many micro-batches a process makes in a step."""
-    from itertools import islice
-
-    from tunesmith.data.pack import Cursor
-
-    layout = prepared.config.layout
-
-    def parted(rows: list[Any]) -> list[list[Any]]:
-        return cut(rows, prepared.sizes) if layout.micro_batches is None else cut_into(rows, layout.micro_batches)
-
-    largest: list[Any] = []
-    counts = []
-    for step in islice(prepared.stream(Cursor()), 8):
-        hands = [parted(rows) for rows in deal(step, layout.data)]
-        counts.append(max(map(len, hands)))
-        for rows in (rows for hand in hands for rows in hand):
-            if sum(len(row.ids) for row in rows) > sum(len(row.ids) for row in largest):
-                largest = rows
-    tokens = sum(len(row.ids) for row in largest)
-    supervised = sum(sum(row.supervised) for row in largest)
-    lengths = tuple(len(row.ids) for row in largest)
-    return lengths, supervised / max(1, tokens), sum(counts) / max(1, len(counts))

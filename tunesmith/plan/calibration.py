@@ -1,0 +1,216 @@
+"""How fast this machine does what a step does, measured once for a second or two and kept in the cache.
+
+The one idea: the products of one block and of the head, at the model's sizes and in the kernels that a run uses, one
+pointwise pass and the starting of an operation. Processor time is measured, so that a busy neighbour does not count:
+what is planned is the time on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.core.files import cache_folder, canonical_json, strict_loads, write_atomic
+from tunesmith.plan.shape import ModelShape
+
+if TYPE_CHECKING:
+    import torch
+
+    from tunesmith.plan.trace import Traced
+
+log = logging.getLogger(__name__)
+_TORCH = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_FORMAT = 4  # of what is measured; other numbers in the cache are of something else
+_MOST_FLOPS = 4e9  # of one product that is timed: larger ones are cut to fewer tokens
+_STREAM_BYTES = 1 << 26  # beyond any cache near a core
+_HEAD_ROWS = 128  # of a chunk of logits
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How fast this machine is at what a step does.
+
+    Attributes:
+        flops_per_second: products of a block with its weights, forward and to its inputs, in the compute dtype.
+        gradient_flops_per_second: products that give the gradient of weights.
+        head_flops_per_second: logits, and back.
+        curved_seconds, drawn_seconds: for a number made by an exponential or the like, and one drawn at random, beyond
+            what its bytes take.
+        bytes_per_second: read and written by pointwise operations that work on a micro-batch.
+        operation_seconds: cost of starting one operation.
+    """
+
+    flops_per_second: float
+    bytes_per_second: float
+    operation_seconds: float
+    gradient_flops_per_second: float = 0.0
+    head_flops_per_second: float = 0.0
+    curved_seconds: float = 0.0
+    drawn_seconds: float = 0.0
+
+
+def calibrate(
+    shape: ModelShape, tokens: int, dtype: str = "fp32", *, seconds: float = 1.5, folder: Path | None = None
+) -> Calibration:
+    """Measures this machine, or reads what it measured before for the same sizes, dtype, threads and torch.
+
+    Args:
+        tokens: of a micro-batch.
+        dtype: fp32, bf16 or fp16.
+        seconds: how long to measure, about.
+        folder: where answers are kept; None is the cache folder.
+    """
+    import torch
+
+    key = _key(shape, tokens, dtype, torch.get_num_threads(), torch.__version__)
+    path = (folder or cache_folder()) / "calibration.json"
+    known = _read(path)
+    if kept := _calibration(known.get(key)):
+        return kept
+    found = _measure(shape, tokens, getattr(torch, _TORCH[dtype]), seconds)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, canonical_json({**known, key: asdict(found)}, indent=1))
+    except OSError as error:
+        log.warning("the speed of this machine is not kept, and is measured again next time: %s", error)
+    return found
+
+
+def step_seconds(traced: Traced, calibration: Calibration, head_flops: float = 0.0) -> float:
+    """Seconds of one traced micro-batch: products, memory traffic and the starting of operations, one after another.
+
+    Args:
+        head_flops: of its work, in the head.
+    """
+    speed = calibration.flops_per_second
+    gradients = max(0, traced.backward_flops - traced.forward_flops)
+    others = max(0.0, traced.flops - gradients - head_flops)
+    return (
+        others / speed
+        + gradients / (calibration.gradient_flops_per_second or speed)
+        + head_flops / (calibration.head_flops_per_second or speed)
+        + traced.traffic_bytes / calibration.bytes_per_second
+        + traced.curved * calibration.curved_seconds
+        + traced.drawn * calibration.drawn_seconds
+        + traced.operations * calibration.operation_seconds
+    )
+
+
+def _measure(shape: ModelShape, tokens: int, dtype: torch.dtype, seconds: float) -> Calibration:
+    import torch
+
+    from tunesmith.kernels import products
+
+    largest = max(inputs * outputs for inputs, outputs in shape.matrices().values())
+    tokens = max(16, min(tokens, 4096, int(_MOST_FLOPS / (2 * largest))))
+    maps = [_operands(tokens, *sizes, dtype) for sizes in sorted(set(shape.matrices().values()))]
+    rows = max(16, min(_HEAD_ROWS, int(_MOST_FLOPS / (2 * shape.head_parameters))))
+    head = _operands(rows, shape.d_model, shape.vocab, dtype)
+    y = torch.randn(tokens, shape.d_mlp).to(dtype)
+    small = torch.zeros(1)
+
+    def with_weights() -> None:
+        for x, weight, dy in maps:
+            products.nt(x, weight)
+            products.nn(dy, weight)  # the gradient of inputs
+
+    def of_weights() -> None:
+        for x, _, dy in maps:
+            products.tn(dy, x)  # another layout, often slower
+
+    def logits() -> None:
+        x, weight, dy = head
+        products.nt(x, weight)
+        products.nn(dy, weight)
+
+    # as in a step, where what is read was made long ago and what is made is kept: memory, not the cache
+    ys = [torch.randn_like(y) for _ in range(max(2, _STREAM_BYTES // (y.numel() * y.element_size())))]
+
+    def pointwise() -> None:
+        del made[:]
+        made.extend(torch.mul(one, 2.0) for one in ys)
+
+    made: list[torch.Tensor] = []
+
+    work = sum(2 * tokens * weight.numel() for _, weight, _ in maps)
+    size, narrow = y.numel(), y.element_size()
+    moved = 2 * size * narrow * len(ys)
+    with torch.no_grad():
+        point = _typical(pointwise, seconds * 0.15)
+        start = _typical(lambda: torch.add(small, small), seconds * 0.05)
+        # starting operations is paid apart: a tiny tensor must not look like slow memory
+        speed = moved / max(point - len(ys) * start, point / 10)
+        del made[:]
+        # these stay in the cache: what they take beyond a copy there is what they take beyond their bytes
+        copied = _typical(lambda: torch.mul(y, 2.0), seconds * 0.05) / size
+        curved = _typical(lambda: torch.nn.functional.gelu(y), seconds * 0.05) / size - copied
+        drawn = _typical(lambda: y.bernoulli_(0.9), seconds * 0.05) / size - copied
+        return Calibration(
+            flops_per_second=2 * work / _typical(with_weights, seconds * 0.3),
+            gradient_flops_per_second=work / _typical(of_weights, seconds * 0.2),
+            head_flops_per_second=4 * rows * shape.head_parameters / _typical(logits, seconds * 0.2),
+            bytes_per_second=speed,
+            operation_seconds=start,
+            curved_seconds=max(curved, 1e-12),
+            drawn_seconds=max(drawn, 1e-12),
+        )
+
+
+def _operands(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """What a map takes, its weight, and the gradient of what it gives."""
+    import torch
+
+    sizes = ((rows, inputs), (outputs, inputs), (rows, outputs))
+    return tuple(torch.randn(*size).to(dtype) for size in sizes)
+
+
+def _typical(call: Callable[[], object], seconds: float) -> float:
+    """Median processor seconds of a call, over the threads that work on it."""
+    import torch
+
+    threads = torch.get_num_threads()
+    call()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or (time.perf_counter() < end and len(times) < 2000):
+        begun = time.process_time()
+        call()
+        times.append((time.process_time() - begun) / threads)
+    return max(sorted(times)[len(times) // 2], 1e-9)
+
+
+def _key(shape: ModelShape, tokens: int, dtype: str, threads: int, version: str) -> str:
+    size = 1 << (max(1, tokens) - 1).bit_length()  # one measurement serves all micro-batches of about this size
+    sizes = f"{shape.d_model}x{shape.d_mlp}x{shape.vocab}"
+    return f"{_FORMAT} | {_processor()} | torch {version} | {threads} threads | {dtype} | {sizes} | {size}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = strict_loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}  # a cache that cannot be read is measured again
+    return found if isinstance(found, dict) else {}
+
+
+def _calibration(found: Any) -> Calibration | None:
+    """What was measured before; None where it is not there or not what was written."""
+    names = [field.name for field in fields(Calibration)]
+    if not isinstance(found, dict) or sorted(found) != sorted(names):
+        return None
+    usable = all(type(value) in (int, float) and value > 0 for value in found.values())
+    return Calibration(**found) if usable else None
