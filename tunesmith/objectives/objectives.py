@@ -9,5 +9,6 @@ OBJECTIVES = Registry(
     {
         "sft": ("tunesmith.objectives.sft:SFT", "supervised: learn to write the completion, token by token"),
         "predict": ("tunesmith.objectives.predict:Predict", "a head that classifies, gives a number, or labels words"),
+        "grpo": ("tunesmith.objectives.grpo:GRPO", "answers of its own, rewarded and compared with others to the prompt"),
     },
 )
