@@ -1,4 +1,4 @@
-"""The two values that cross every layer: a batch without padding, and a sum with its weight.
+"""The values that cross every layer: a batch without padding, and a sum with its weight.
 
 Objectives see a `Batch` and answer with a `Mean`; the trainer divides once, over all
 that makes a step.
@@ -6,7 +6,8 @@ that makes a step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,6 +15,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Actions:
+    """What is known of tokens that a policy has written itself; each float32 [supervised], as `Batch.targets`.
+
+    Attributes:
+        advantages: how much better each was than what was to be expected.
+        old: log-probabilities under the policy as it wrote them; None where it has not moved since.
+        reference: the same under the reference; None where nothing holds to it.
+        values, returns: what a value head expected when they were written, and what came; None without one.
+    """
+
+    advantages: Tensor
+    old: Tensor | None = None
+    reference: Tensor | None = None
+    values: Tensor | None = None
+    returns: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Actions:
+        """The same on another device."""
+        return Actions(**{name: None if held is None else held.to(device) for name, held in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -33,6 +56,7 @@ class Batch:
         prompts: tokens of each document before its first supervised one, where they are known without looking.
         answers: documents of each row, where a row is several answers to one prompt.
         ranks: int64 [documents], of each answer within its row: lower is better, equal is a tie.
+        actions: of the targets, where the policy has written them itself.
     """
 
     ids: Tensor
@@ -46,6 +70,7 @@ class Batch:
     prompts: tuple[int, ...] = ()
     answers: tuple[int, ...] = ()
     ranks: Tensor | None = None
+    actions: Actions | None = None
 
     @property
     def row_count(self) -> int:
@@ -54,8 +79,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        moved = {name: getattr(self, name) for name in ("ids", "positions", "sources", "targets", "labels", "types", "ranks")}
-        return replace(self, **{name: tensor.to(device) for name, tensor in moved.items() if tensor is not None})
+        names = ("ids", "positions", "sources", "targets", "labels", "types", "ranks", "actions")
+        moved = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: held.to(device) for name, held in moved.items() if held is not None})
 
 
 @dataclass(frozen=True)
@@ -65,7 +91,9 @@ class Mean:
     Attributes:
         total: float32 scalar, differentiable.
         weight: number of units in `total`.
+        facts: sums of what else was seen over the same units, for the log; scalars without gradient.
     """
 
     total: Tensor
     weight: float
+    facts: Mapping[str, Tensor] = field(default_factory=dict)

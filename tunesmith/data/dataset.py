@@ -15,7 +15,7 @@ from typing import Any
 from tunesmith.core.errors import DataError, Problems
 from tunesmith.core.problem import Comparison, Problem
 from tunesmith.data.codec import Codec
-from tunesmith.data.encode import Dropped, Example, encode_row, prompt_ids
+from tunesmith.data.encode import NO_ROOM, Dropped, Example, Prompt, encode_row, prompt_ids
 from tunesmith.data.encode_answers import encode_compared
 from tunesmith.data.formats import convert, format_of
 from tunesmith.data.labels import encode_labelled, label_numbers
@@ -41,10 +41,12 @@ class Dataset:
         formats: the format of each source.
         problem: what is to be predicted of the rows; None where text is learnt.
         compares: which answers of the rows are to be compared; None where none are.
+        answered: tokens that the model may write itself after the prompt of a row; 0 where it learns the row's answer.
     """
 
     problem: Problem | None = None
     compares: Comparison | None = None
+    answered: int = 0
 
     def __init__(self, sources: list[Source], weights: list[float], section: DataSection, codec: Codec) -> None:
         self.sources, self.weights, self.section, self.codec = sources, weights, section, codec
@@ -97,6 +99,13 @@ class Dataset:
             if not self.section.skip_bad_rows:
                 raise
             return Dropped(DAMAGED, error.where)
+
+    def prompt(self, source: int, row: int) -> Prompt | Dropped:
+        """One row to be answered, or why it is left out. Raises as `example` and `dialogue`."""
+        found = self.example(source, row)
+        if isinstance(found, Dropped):
+            return found
+        return Prompt(list(found.ids), self.dialogue(source, row), self.sources[source][row].data)
 
     def dialogue(self, source: int, row: int) -> Dialogue:
         """One row as question and answers, for evaluation. Raises DataError for running text and labelled words."""
@@ -192,7 +201,18 @@ class Dataset:
             return encode_compared(row, self.template_of(row), self.codec, self.section.max_length, self.compares)
         if self.problem is not None:
             return encode_labelled(row, self.codec, self.section.max_length, self.problem)
+        if self.answered:
+            return self._asked(row)
         return encode_row(row, self.template_of(row), self.codec, self.section.max_length)
+
+    def _asked(self, row: Row) -> Example | Dropped:
+        """The prompt of a row alone, with room for what the model writes."""
+        if isinstance(row, Text | Tagged):
+            raise DataError("there is no prompt to answer in it", where=row.where, hint="format prompts has some")
+        ids = prompt_ids(row, self.template_of(row), self.codec)
+        if len(ids) + self.answered > self.section.max_length:
+            return Dropped(NO_ROOM, row.where)
+        return Example(ids, [False] * len(ids), row.where)
 
     def _pass(self, source: int, most: int, found: DataStatistics) -> Iterator[DataError | None]:
         """Counts the rows of a source, the first `most` as tokens, and answers what is wrong with each."""
@@ -260,6 +280,7 @@ class Dataset:
             "rows": self.sources[source].sha256, "encoded": most, "format": form, "template": template,
             "tokenizer": self.codec.sha256, "max_length": self.section.max_length,
             "problem": None if self.problem is None else self.problem.as_dict(), "compares": self.compares,
+            "answered": self.answered,
         }  # fmt: skip
 
     def _dialogues(self) -> Iterator[Dialogue]:

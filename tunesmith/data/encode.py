@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 from tunesmith.core.errors import DataError
 from tunesmith.data.codec import Codec
@@ -17,6 +18,7 @@ from tunesmith.data.templates import Template, render
 
 TOO_LONG = "the answer alone is longer than max_length"
 NOTHING = "no token to learn"
+NO_ROOM = "prompt and objective.max_new_tokens are longer than max_length"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,26 @@ class Example:
 
     def _document(self, start: int, end: int) -> Example:
         return Example(self.ids[start:end], self.supervised[start:end], self.where, types=self.types[start:end])
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A row that the model is to answer itself.
+
+    Attributes:
+        ids: what it is given.
+        dialogue: the row; its last turn is the answer that the data has, empty where it has none.
+        data: the row as its file holds it.
+    """
+
+    ids: list[int]
+    dialogue: Dialogue
+    data: dict[str, Any]
+
+    @property
+    def question(self) -> str:
+        """The last thing said to the model."""
+        return self.dialogue.prompt[-1].text if self.dialogue.prompt else ""
 
 
 @dataclass(frozen=True, slots=True)

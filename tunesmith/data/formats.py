@@ -71,6 +71,12 @@ def _prompt_completion(data: dict[str, Any]) -> Dialogue:
     return Dialogue((user, answer), plain=True, references=texts(data, "references"), table=_table(data))
 
 
+def _prompts(data: dict[str, Any]) -> Dialogue:
+    answers = texts(data, "answer") or ("",)
+    answer = Message("assistant", answers[0], supervised=bool(answers[0]))
+    return Dialogue((Message("user", text(data, "prompt", filled=True)), answer), references=answers)
+
+
 def _table(data: dict[str, Any]) -> str:
     table = data.get("table")
     if table is None or isinstance(table, str):
@@ -124,6 +130,9 @@ FORMATS: dict[str, Format] = {
     "dolly": Format(("instruction", "response"), _dolly, ("context",)),
     "prompt_completion": Format(
         ("prompt", "completion"), _prompt_completion, ("references", "table"), ("chosen", "rejected", "label")
+    ),
+    "prompts": Format(
+        ("prompt",), _prompts, ("answer",), ("chosen", "rejected", "label", "completion", "response", "output", "answers", "text")
     ),
     "labelled": Format(("text", "label"), _labelled, ("text_pair",)),
     "tagged": Format(("tokens", "labels"), _tagged),

@@ -36,10 +36,14 @@ _BEGINNING = 16  # tokens that rows have in common before they are brought toget
 
 @dataclass(frozen=True)
 class Cursor:
-    """A place in the data: the next row to look at is `position` of `epoch`, both from 0."""
+    """A place in the data: the next row to look at is `position` of `epoch`, both from 0.
+
+    `turn` updates have been made already with the rows that begin there, where rows serve several.
+    """
 
     epoch: int = 0
     position: int = 0
+    turn: int = 0
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,7 @@ from tunesmith.models.trunk import Trunk, through
 
 if TYPE_CHECKING:
     from tunesmith.core.types import Batch
+    from tunesmith.models.heads import Head
     from tunesmith.models.load import Loaded
 
 
@@ -38,6 +40,7 @@ class Policy:
     Attributes:
         trunk: keeps what comes out of the blocks below all that trains; None keeps nothing.
         reference: the route of the model as the stage received it.
+        value: a head that says what it expects to earn, where one is trained.
 
     Args:
         route: the adapters that act; none by default.
@@ -58,6 +61,7 @@ class Policy:
         self.config = loaded.model.config
         self.trunk: Trunk | None = None
         self.reference = BASE
+        self.value: Head | None = None
         self.packed = packed and self.family.packed
         if self.packed:
             attention.use(self.model)
@@ -73,6 +77,18 @@ class Policy:
         """The same model under another route, for batches whose rows have adapters of their own."""
         other = copy(self)
         other.route = route
+        return other
+
+    def at(self, temperature: float) -> Policy:
+        """The same model with its logits divided by a temperature. Raises ConfigError where they are the model's own."""
+        if temperature == 1.0:
+            return self
+        if not self.family.head:
+            told = f"{self.family.name} makes its logits itself: they cannot be divided by {temperature}"
+            raise ConfigError(told, where="objective.temperature", hint="set it to 1")
+        other, shaping = copy(self), self.shaping
+        cap = None if shaping.cap is None else shaping.cap / temperature
+        other.shaping = replace(shaping, scale=shaping.scale / temperature, cap=cap)
         return other
 
     def recompute(self, how: How | Recompute) -> None:
@@ -94,7 +110,21 @@ class Policy:
         if not self.family.head:
             logits = self._own_logits(batch, batch.sources)
             return nn.functional.cross_entropy(logits.to(wide(logits.dtype)), batch.targets, reduction="none")
+        return self._losses(self.hidden(batch, batch.sources), batch)
+
+    def valued(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`token_losses`, and what the value head says of the states they come from: one forward pass for both.
+
+        Returns:
+            Two of float32 (float64 for a float64 model) [supervised], differentiable.
+        """
+        assert self.value is not None
+        self._needs_decoder()
         hidden = self.hidden(batch, batch.sources)
+        return self._losses(hidden, batch), self.value(hidden)[:, 0]
+
+    def _losses(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Losses of the targets from the states before them."""
         with self.route.enter():
             weight, bias = self._frozen_head()
             if weight is not None:

@@ -32,6 +32,14 @@ class Policy(Protocol):
         """`token_losses` of the model as the stage received it: without dropout and without a gradient."""
         ...
 
+    def valued(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`token_losses`, and what the value head expects before each target; both float32 [supervised]."""
+        ...
+
+    def at(self, temperature: float) -> Policy:
+        """The same with its logits divided by a temperature."""
+        ...
+
 
 class Objective(Section):
     """What is minimised: the section of the configuration and the function in one.
@@ -56,6 +64,16 @@ class Objective(Section):
     def needs_reference(self) -> bool:
         """Whether it asks for the model as the stage received it."""
         return False
+
+    @property
+    def answered(self) -> int:
+        """Tokens that the model may write itself after the prompt of a row; 0 where it learns the row's answer."""
+        return 0
+
+    @property
+    def samples(self) -> bool:
+        """Whether it learns from what the model writes itself (`sampled.Sampled`)."""
+        return self.answered > 0
 
     def check(self, config: dict[str, Any]) -> None:
         """Finds a model that this cannot train, from its config.json alone, without torch. Raises ConfigError."""

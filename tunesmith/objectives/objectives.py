@@ -11,5 +11,6 @@ OBJECTIVES = Registry(
         "predict": ("tunesmith.objectives.predict:Predict", "a head that classifies, gives a number, or labels words"),
         "reward": ("tunesmith.objectives.reward:Reward", "a score for answers, learnt from pairs and rankings"),
         "dpo": ("tunesmith.objectives.dpo:DPO", "prefer the chosen answer, by pairs and no reward model"),
+        "grpo": ("tunesmith.objectives.grpo:GRPO", "answers of its own, rewarded and compared with others to the prompt"),
     },
 )

@@ -6,7 +6,7 @@ The one idea: this needs neither torch nor transformers, so that a mistake is fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +27,8 @@ from tunesmith.data.statistics import DataStatistics
 from tunesmith.models.folder import position_limit, validate_folder
 from tunesmith.models.source import resolve
 from tunesmith.parallel.limits import check_model
+from tunesmith.run.opening import find
+from tunesmith.run.starting import check_start
 
 if TYPE_CHECKING:
     from tunesmith.data.section import DataSection, Parts
@@ -45,6 +47,7 @@ class Prepared:
         train, eval: the rows; eval is None where there are none.
         train_statistics, eval_statistics: what they come to.
         problem: what is to be predicted; None where text is learnt.
+        start: the adapter that the run begins with a copy of, where `model` is a run that has one.
     """
 
     config: Config
@@ -55,12 +58,18 @@ class Prepared:
     eval: Dataset | None = None
     eval_statistics: DataStatistics | None = None
     problem: Problem | None = None
+    start: Path | None = None
 
     @cached_property
     def sizes(self) -> Sizes:
         """Sizes of steps and micro-batches."""
         names = ("tokens_per_step", "rows_per_step", "micro_batch_tokens", "micro_batch_rows")
         return Sizes(**{name: getattr(self.config.train, name) for name in names})
+
+    @property
+    def example(self) -> Callable[[int, int], Any]:
+        """A row as what steps are made of: tokens to learn, or a prompt to answer."""
+        return self.train.prompt if self.config.objective.samples else self.train.example
 
     @cached_property
     def mixture(self) -> Mixture:
@@ -75,7 +84,7 @@ class Prepared:
             with progress(len(self.train), "encoding rows") as report:
                 self.train.keep_all(report)  # counting and every epoch then read them
             with progress(len(self.train) * settings.epochs, "counting steps") as report:
-                return count_steps(self.mixture, self.train.example, self.sizes, settings.epochs, report)
+                return count_steps(self.mixture, self.example, self.sizes, settings.epochs, report)
         assert settings.steps is not None
         found = self.train_statistics
         mean = found.tokens / max(1, found.kept)
@@ -85,7 +94,7 @@ class Prepared:
     def stream(self, cursor: Cursor) -> Iterator[Any]:
         """The steps from a cursor on."""
         epochs = self.config.train.epochs
-        return iter(StepStream(self.mixture, self.train.example, self.sizes, start=cursor, epochs=epochs))
+        return iter(StepStream(self.mixture, self.example, self.sizes, start=cursor, epochs=epochs))
 
     def lines(self) -> list[str]:
         """What a person wants to know first."""
@@ -115,8 +124,11 @@ def prepare(config: Config) -> Prepared:
     """
     if not config.data.train:
         raise ConfigError("this key is required", where="data.train", hint="name a file, or a bundled set")
-    folder = resolve(config.model)
+    named = find(config.model)
+    folder = resolve(named.model)
     validate_folder(folder)
+    if named.adapter is not None:
+        check_start(config, named.adapter)
     settings = read_json(folder / "config.json", ModelError)
     config.objective.check(settings)
     config.method.check(settings)
@@ -124,15 +136,15 @@ def prepare(config: Config) -> Prepared:
     codec = Codec.open(folder)
     asked = config.objective.predicts
     problem = Problem(asked, (), config.train.seed) if asked else None
-    taken, compares = config.method.positions, config.objective.compares
-    train, train_statistics = read_data(config.data.train, config.data, codec, "data.train", problem, taken, compares)
-    problem = train.problem
-    if not config.data.eval:
-        return Prepared(config, folder, codec, train, train_statistics, problem=problem)
-    judged, judged_statistics = read_data(
-        config.data.eval, config.data, codec, "data.eval", problem, taken, compares
+    taken, compares, answered = config.method.positions, config.objective.compares, config.objective.answered
+    train, train_statistics = read_data(
+        config.data.train, config.data, codec, "data.train", problem, taken, compares, answered
     )
-    return Prepared(config, folder, codec, train, train_statistics, judged, judged_statistics, problem)
+    problem, start = train.problem, named.adapter
+    if not config.data.eval:
+        return Prepared(config, folder, codec, train, train_statistics, problem=problem, start=start)
+    judged, judged_statistics = read_data(config.data.eval, config.data, codec, "data.eval", problem, taken, compares)
+    return Prepared(config, folder, codec, train, train_statistics, judged, judged_statistics, problem, start)
 
 
 def read_data(
@@ -143,6 +155,7 @@ def read_data(
     problem: Problem | None = None,
     taken: int = 0,
     compares: Comparison | None = None,
+    answered: int = 0,
 ) -> tuple[Dataset, DataStatistics]:
     """Opens rows and checks every one of them.
 
@@ -150,11 +163,12 @@ def read_data(
         problem: what is to be predicted; one without labels gets those of these rows.
         taken: positions that the method takes from every row.
         compares: which answers of the rows are to be compared.
+        answered: tokens that the model may write after the prompt of every row; 0 where it learns the row's answer.
 
     Raises DataError naming the setting, the file and the row.
     """
     dataset = open_data(parts, section, codec)
-    dataset.problem, dataset.compares = problem, compares
+    dataset.problem, dataset.compares, dataset.answered = problem, compares, answered
     if problem is not None and not problem.labels:
         dataset.problem = find_labels(dataset.rows(), problem.kind, problem.seed)
     with progress(len(dataset), f"reading {where}") as report:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
@@ -37,6 +37,7 @@ def accumulate(
     reseed: Callable[[int], object] = lambda micro: None,
     spare: Batch | None = None,
     forward: Callable[[], AbstractContextManager[None]] = nullcontext,
+    facts: dict[str, float] | None = None,
 ) -> float:
     """Adds the gradient of a step to the masters and answers its loss, the mean over the units of all batches.
 
@@ -46,6 +47,7 @@ def accumulate(
     Args:
         spare: what is computed, and weighs nothing, where all processes must compute at once and this one has done.
         forward: what each forward pass runs in; its backward follows it.
+        facts: gets what else the objective has seen, as means over the same units.
 
     Raises DataError when the step has no units, DivergedError when its loss is not finite.
     """
@@ -58,8 +60,9 @@ def accumulate(
             hint="do these rows have a completion, and does it survive data.max_length?",
         )
     taught = [(micro, batch) for micro, batch in enumerate(batches) if weights[micro]]
+    seen: list[Mapping[str, Tensor]] = []
     if layout.passes is None:
-        totals = _one_by_one(objective, policy, taught, weight, precision, layout, reseed, spare, forward)
+        totals = _one_by_one(objective, policy, taught, weight, precision, layout, reseed, spare, forward, seen)
     else:
         totals = layout.passes(objective, [batch for _, batch in taught], weight, reseed)
     # read once a step: an accelerator need not wait for each micro-batch
@@ -68,6 +71,9 @@ def accumulate(
     loss = layout.sum(math.fsum(values) if not wrong else math.nan) / weight
     if not math.isfinite(loss):
         raise DivergedError(f"the loss is not a finite number; rows {layout.world.named(named_rows(wrong))}")
+    if facts is not None:
+        for name in dict.fromkeys(name for one in seen for name in one):
+            facts[name] = layout.sum(math.fsum(float(one[name]) for one in seen)) / weight
     return loss
 
 
@@ -81,17 +87,19 @@ def _one_by_one(
     reseed: Callable[[int], object],
     spare: Batch | None,
     forward: Callable[[], AbstractContextManager[None]],
+    seen: list[Mapping[str, Tensor]],
 ) -> list[Tensor]:
-    """The passes of a step, one micro-batch after the other, and their totals."""
+    """The passes of a step, one micro-batch after the other, and their totals; their facts go into `seen`."""
     totals: list[Tensor] = []
     for turn in range(int(layout.world.most(len(taught)))):
         if turn < len(taught):
             micro, batch = taught[turn]
             reseed(micro)
             with forward():
-                total = objective.loss(policy, batch).total
-            precision.backward(total / weight)
-            totals.append(total.detach())
+                found = objective.loss(policy, batch)
+            precision.backward(found.total / weight)
+            totals.append(found.total.detach())
+            seen.append(found.facts)
         elif layout.in_step and spare is not None:
             precision.backward(objective.loss(policy, spare).total * 0.0)
         layout.passed()

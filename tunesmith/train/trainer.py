@@ -64,6 +64,7 @@ def train(
     resume: bool = False,
     layout: Layout | None = None,
     collate: Callable[[list[Any]], Batch] | None = None,
+    sample: Callable[[Step, int], tuple[Step, Record]] | None = None,
 ) -> Result:
     """Trains until a reason to end, leaving checkpoints and metrics.jsonl in `folder`, and answers how it ended.
 
@@ -75,6 +76,8 @@ def train(
         resume: continue from the newest complete checkpoint; bit for bit the run that was not broken.
         layout: the other processes; default none.
         collate: examples of a micro-batch as a Batch; default `data.batch.to_batch`.
+        sample: (step, its number) -> the step with what the policy, as it is before it, writes for its rows, and what
+            there is to tell of that; called once a step. None learns from the rows themselves.
 
     Raises: Stopped after a signal, once saved; DivergedError; DataError; CheckpointError; ResourceError. What was
     saved before stays.
@@ -83,7 +86,7 @@ def train(
         raise ConfigError("needs evaluations during training", where="train.stop", hint="set evaluate.every")
     run = _Run(tuned, objective, settings, precision, folder, total_steps, layout or Single())
     run.examiner = Examiner(evaluate, evaluate_every, run.layout, run.cuda_devices)
-    run.observers, run.collate = list(observers), collate or to_batch
+    run.observers, run.collate, run.sample = list(observers), collate or to_batch, sample
     with ExitStack() as stack:
         stack.enter_context(closing(run.precision))
         stack.enter_context(closing(run.layout))
@@ -105,6 +108,7 @@ class _Run:
     examiner: Examiner
     observers: list[Callable[[Record], None]]
     collate: Callable[[list[Any]], Batch]
+    sample: Callable[[Step, int], tuple[Step, Record]] | None
     metrics: MetricsLog
     signals: Signals
 
@@ -213,16 +217,17 @@ class _Run:
         state, number = self.state, self.state.step + 1
         if self._enter(number):
             log.info("step %d: phase %d, %d tensors train", number, self.span.number, len(self.span.names))
+        step, facts = self.sample(step, number) if self.sample else (step, {})
         batches = [self.collate(examples).to(self.device) for examples in step.micro_batches]
         spare = self.collate(step.spare).to(self.device) if self.layout.in_step and step.spare else None
         scaling = self.precision.scaling
         # a step that is left out takes nothing of the schedule
         lr = learning_rate(self.settings, number - (scaling.skipped_steps if scaling else 0), self.total_steps)
-        self.policy.train(True)
+        self.policy.train(not self.objective.samples)  # dropout would make it another than the one that wrote
         try:
             loss = accumulate(
                 self.objective, self.policy, batches, self.precision, self.layout, self._reseed(number), spare,
-                forward=self.offload.forward,
+                forward=self.offload.forward, facts=facts,
             )  # fmt: skip
             self._penalise()
             first = number == self.resumed_step + 1
@@ -258,7 +263,7 @@ class _Run:
         return {
             "step": number, "epoch": step.epoch, "loss": loss, "lr": lr, "grad_norm": norm, "rows": rows,
             "micro_batches": micro_batches, "tokens": tokens, "supervised_tokens": supervised,
-            "total_tokens": state.tokens, **(scaling.record() if scaling else {}),
+            "total_tokens": state.tokens, **facts, **(scaling.record() if scaling else {}),
         }  # fmt: skip
 
     def _reseed(self, step: int) -> Callable[[int], object]:

@@ -1,0 +1,69 @@
+"""Where a run begins that is given another run as its model: at a copy of that one's adapter.
+
+The one idea: the adapter that was received stays, frozen and under a name of its own, so that the model as the run
+received it is a route over the same base. A run whose result is a whole model needs none of this: it is a model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunesmith.config import Config, differences
+from tunesmith.core.errors import ConfigError, ModelError
+from tunesmith.core.files import read_json
+
+if TYPE_CHECKING:
+    from tunesmith.adapt.adapter import Adapter
+    from tunesmith.models.load import Loaded
+    from tunesmith.run.prepare import Prepared
+
+RECEIVED = "received"
+
+
+def check_start(config: Config, folder: Path) -> None:
+    """Raises ConfigError unless the method is that of the adapter: a copy of it is what trains."""
+    settings = read_json(folder / "adapter_config.json", ModelError)
+    saved = settings.get("tunesmith_method") if isinstance(settings, dict) else None
+    if not isinstance(saved, dict):
+        raise ConfigError("not an adapter of tunesmith", where=f"model: {folder}", hint="begin with the base model")
+    if config.objective.predicts or "tunesmith_predict" in settings:
+        told = "an adapter with a head for labels is no start, nor is one for such a head"
+        raise ConfigError(told, where=f"model: {folder}", hint="begin with the base model")
+    if saved.get("init") == "pissa":
+        told = "pissa is saved as a change of twice its rank, of which there is no copy to train"
+        raise ConfigError(told, where=f"model: {folder}", hint="begin with a run of init: default")
+    asked = config.method.model_dump(mode="json")
+    other = differences(saved, asked)
+    if other:
+        raise ConfigError(
+            f"the run begins with a copy of {folder}, so its method is that one's: {'; '.join(other)}",
+            where="method",
+            hint="copy the section from the config.yaml of that run",
+        )
+
+
+def receive(prepared: Prepared, loaded: Loaded) -> Adapter | None:
+    """Puts the adapter that the run begins with on the model; None where it begins with the model as it is."""
+    if prepared.start is None:
+        return None
+    from tunesmith.adapt.store import load_adapter
+
+    return load_adapter(loaded, prepared.start, RECEIVED)
+
+
+def attach(prepared: Prepared, loaded: Loaded, received: Adapter | None) -> Adapter:
+    """The method of the run on its model: fresh, or a copy of what was received, which is frozen."""
+    import torch
+
+    method, seed = prepared.config.method, prepared.config.train.seed
+    if received is None:
+        return method.attach(loaded, seed=seed)
+    adapter = method.attach(loaded, seed=received.seed)
+    held = received.parameters
+    with torch.no_grad():
+        for name, parameter in adapter.parameters.items():
+            parameter.copy_(held[name])
+    for parameter in held.values():  # only now: what is attached makes copies of others trainable
+        parameter.requires_grad_(False)
+    return adapter
