@@ -55,6 +55,11 @@ def _run(arguments: list[str]) -> int:
     except SignalException as error:
         return INTERRUPTED if error.sigval.name == "SIGINT" else TERMINATED
     except ChildFailedError as error:
-        code: int = error.get_first_failure()[1].exitcode
-        return code if code > 0 else PeerError.exit_code
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return int(failure.exitcode)
+        # the others may have been too young to know it
+        told = PeerError.told(f"rank {rank}: killed by {failure.signal_name()}")
+        typer.echo(f"error: {told}\nhint: {PeerError.HINT}", err=True)
+        return PeerError.exit_code
     return 0
