@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tunesmith.core.errors import ConfigError
 from tunesmith.parallel.buckets import Bucket, fill
 from tunesmith.parallel.layout import Held, Single
-from tunesmith.parallel.pieces import Place, collect, hand_out
+from tunesmith.parallel.pieces import Place, collect
 from tunesmith.parallel.world import World
 
 
@@ -53,13 +53,14 @@ class Ddp(Single):
         # all are the same: nothing need be sent
         return dict(pieces) if self.world.is_first else {}
 
-    def room(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if not self.world.is_first:
-            return {}
-        return {name: torch.empty(self.places[name].shape, dtype=piece.dtype) for name, piece in pieces.items()}
+    def shapes(self, pieces: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(self.places[name].shape) for name in pieces}
 
-    def deal(self, whole: Mapping[str, Tensor], pieces: Mapping[str, Tensor]) -> None:
-        hand_out(self.world, self.places, whole, pieces)
+    def runs(self, name: str, piece: Tensor) -> Sequence[tuple[int, int]]:
+        return [self.places[name].ranges[self.world.rank]]
+
+    def keeps(self, name: str) -> bool:
+        return self.world.is_first
 
     def acting(self, names: Collection[str]) -> list[Bucket]:
         """The buckets with something that trains now."""
@@ -136,6 +137,9 @@ class Split(Ddp):
 
     def whole(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return collect(self.world, self.places, pieces)
+
+    def keeps(self, name: str) -> bool:
+        return True
 
     def scattered(self, flat: Tensor, bucket: Bucket) -> Tensor:
         """This process's part of the sum of all processes' buffers: [part]."""

@@ -158,12 +158,16 @@ class Layout(Protocol):
         """Whole tensors of the pieces of all processes, on the first; nothing on the others."""
         ...
 
-    def room(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Room for the whole tensors, on the first; nothing on the others."""
+    def shapes(self, pieces: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the whole tensors of the pieces of all processes; on every one."""
         ...
 
-    def deal(self, whole: Mapping[str, Tensor], pieces: Mapping[str, Tensor]) -> None:
-        """Fills the pieces of all processes from the first one's whole tensors."""
+    def runs(self, name: str, piece: Tensor) -> Sequence[tuple[int, int]]:
+        """Where the numbers of a piece lie in the whole tensor: first and behind the last of each run, in order."""
+        ...
+
+    def keeps(self, name: str) -> bool:
+        """Whether a checkpoint has the numbers of a piece from this process, and not from another that has the same."""
         ...
 
     def facts(self) -> dict[str, Any]:
@@ -221,11 +225,14 @@ class Single:
     def whole(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(pieces)
 
-    def room(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(pieces)
+    def shapes(self, pieces: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(piece.shape) for name, piece in pieces.items()}
 
-    def deal(self, whole: Mapping[str, Tensor], pieces: Mapping[str, Tensor]) -> None:
-        pass
+    def runs(self, name: str, piece: Tensor) -> Sequence[tuple[int, int]]:
+        return [(0, piece.numel())]
+
+    def keeps(self, name: str) -> bool:
+        return True
 
     def facts(self) -> dict[str, Any]:
         return self.world.total()

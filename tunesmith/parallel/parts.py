@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from tunesmith.parallel.buckets import fill
 from tunesmith.parallel.layout import Held, Layout, LayoutSection, Single, of_data
+from tunesmith.parallel.pieces import runs_of_cut
 from tunesmith.parallel.world import Alone, World
 
 
@@ -44,6 +45,7 @@ class Parts(Single):
         self.axes: dict[str, int] = {}
         self.shared: set[str] = set()
         self._tables: list[dict[str, list[int]]] = []
+        self._wholes: dict[str, list[int]] = {}
 
     def sum(self, value: float) -> float:
         return self.data.sums([value])[0]
@@ -53,6 +55,7 @@ class Parts(Single):
         self.masters = held.masters
         self._tables = self.parts.told({name: list(master.shape) for name, master in self.masters.items()})
         self.axes = {name: axis for known in self.parts.told(self.axes) for name, axis in known.items()}
+        self._wholes = self._shapes()
         return self.pieces
 
     def passed(self) -> None:
@@ -104,38 +107,20 @@ class Parts(Single):
             for name, parts in sorted(held.items())
         }
 
-    def room(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if not self.world.is_first:
+    def shapes(self, pieces: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        if not pieces:  # before the first step there are no moments, anywhere
             return {}
-        dtype = next(iter(pieces.values())).dtype
-        return {name: torch.empty(shape, dtype=dtype) for name, shape in self._shapes().items()}
+        return {name: tuple(shape) for name, shape in self._wholes.items()}
 
-    def deal(self, whole: Mapping[str, Tensor], pieces: Mapping[str, Tensor]) -> None:
-        mine = self.inner.room(pieces)
-        if self.data.is_first:
-            self._hand_out(whole, mine)
-        self.inner.deal(mine, pieces)
+    def runs(self, name: str, piece: Tensor) -> Sequence[tuple[int, int]]:
+        inner, axis = self.inner.runs(name, piece), self.axes.get(name)
+        if axis is None:
+            return inner
+        shape, size, rank = self._wholes[name], self.parts.size, self.parts.rank
+        return [run for within in inner for run in runs_of_cut(shape, axis, size, rank, within)]
 
-    def _hand_out(self, whole: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> None:
-        """Fills every part's tensors from the whole ones of the first."""
-        with torch.no_grad():
-            if not self.parts.is_first:
-                for name in sorted(mine):
-                    part = torch.empty(self._tables[self.parts.rank][name], dtype=mine[name].dtype)
-                    self.parts.traffic.receive(part, 0)
-                    mine[name].copy_(part)
-                return
-            for rank in reversed(range(self.parts.size)):
-                for name in sorted(self._tables[rank]):
-                    part = self._cut(name, whole[name], rank)
-                    if rank:
-                        self.parts.traffic.send(part.contiguous(), rank)
-                    else:
-                        mine[name].copy_(part)
-
-    def _cut(self, name: str, whole: Tensor, rank: int) -> Tensor:
-        axis = self.axes.get(name)
-        return whole if axis is None else whole.chunk(self.parts.size, axis)[rank]
+    def keeps(self, name: str) -> bool:
+        return self.inner.keeps(name) and self._owner(name) in (None, self.parts.rank)
 
     def _owner(self, name: str) -> int | None:
         """The first of the parts that has a tensor whole; None where it is cut and each has some of it."""

@@ -23,7 +23,7 @@ from tunesmith.models.ports import Port, attached_to, ports
 from tunesmith.models.recompute import Blocks
 from tunesmith.parallel.ddp import refuse_watchers
 from tunesmith.parallel.layout import Held, Single
-from tunesmith.parallel.pieces import Place, collect, hand_out
+from tunesmith.parallel.pieces import Place, collect
 from tunesmith.parallel.traffic import CountedAllGather, CountedReduceScatter
 from tunesmith.parallel.world import World
 
@@ -99,13 +99,11 @@ class Zero3(Single):
     def whole(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return collect(self.world, self.places, pieces)
 
-    def room(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if not self.world.is_first:
-            return {}
-        return {name: torch.empty(self.places[name].shape, dtype=piece.dtype) for name, piece in pieces.items()}
+    def shapes(self, pieces: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(self.places[name].shape) for name in pieces}
 
-    def deal(self, whole: Mapping[str, Tensor], pieces: Mapping[str, Tensor]) -> None:
-        hand_out(self.world, self.places, whole, pieces)
+    def runs(self, name: str, piece: Tensor) -> Sequence[tuple[int, int]]:
+        return [self.places[name].ranges[self.world.rank]]
 
     def _shard(self, root: _Root, policy: Any, precision: MixedPrecisionPolicy) -> None:
         device = next(iter(_held(policy.model))).device
