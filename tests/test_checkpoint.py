@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 
 import checkpoint_files
 import pytest
@@ -16,6 +17,7 @@ from tiny_training import TinyTuned, run, settings
 
 from tunesmith.core import files
 from tunesmith.core.errors import CheckpointError, ResourceError
+from tunesmith.train import keeper
 from tunesmith.train.checkpoint import MANIFEST, MOMENTS, STATE, WEIGHTS, Checkpoints, State
 
 FILES = (WEIGHTS, MOMENTS, STATE, MANIFEST)
@@ -230,6 +232,34 @@ def test_a_disk_that_is_full_ends_the_run_and_leaves_no_draft(tmp_path, monkeypa
     with pytest.raises(ResourceError, match="the disk is full"):
         run(tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_training_goes_on_while_a_checkpoint_is_written_unless_its_copy_were_too_large(tmp_path, monkeypatch, copied):
+    """Kills: a step that waits for the disk; writing what the next step has changed; a large state twice in memory."""
+    run(tmp_path / "plain", settings(keep=9))
+    plain, go = os.pwrite, threading.Event()
+
+    def slow(*args):
+        go.wait(2.0 if copied else 0.0)
+        return plain(*args)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    if not copied:
+        monkeypatch.setattr(keeper, "COPIED_BYTES", 0)
+    seen = []
+
+    def observe(record):
+        seen.append((record["step"], (tmp_path / "slow/checkpoints/step-000004").exists()))
+        if record["step"] == 7:
+            go.set()
+
+    run(tmp_path / "slow", settings(keep=9), observers=[observe])
+    assert dict(seen)[6] is not copied
+    assert go.is_set()
+    for file in (WEIGHTS, MOMENTS, STATE):
+        mine, theirs = (tmp_path / name / "checkpoints/step-000004" / file for name in ("slow", "plain"))
+        assert mine.read_bytes() == theirs.read_bytes()
 
 
 def test_a_checkpoint_holds_weights_moments_state_and_no_pickle(tmp_path):

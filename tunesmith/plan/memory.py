@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tunesmith.core.errors import ConfigError, did_you_mean
-from tunesmith.core.moments import STATE_BYTES, moment_bytes
+from tunesmith.core.moments import COPIED_BYTES, STATE_BYTES, moment_bytes
 from tunesmith.plan.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class Memory:
         overhead_bytes: what the process takes before any tensor: interpreter and libraries.
         peak_bytes: the most that tensors take at one moment. Less than the total when gradients are not yet there
             while activations are; equal to it where that is not known.
+        checkpoint_bytes: what a checkpoint has of this process.
     """
 
     weights_bytes: int
@@ -88,6 +89,7 @@ class Memory:
     activations_bytes: int
     overhead_bytes: int = IMPORTS_BYTES
     peak_bytes: int = 0
+    checkpoint_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -110,6 +112,8 @@ class Memory:
             "total_bytes": self.total_bytes,
             "peak_bytes": self.peak_bytes or self.total_bytes,
             "overhead_bytes": self.overhead_bytes,
+            # in no total: it is there for a moment, and not where it would be much
+            "copied_bytes": self.checkpoint_bytes if self.checkpoint_bytes <= COPIED_BYTES else 0,
         }
 
 
@@ -174,14 +178,16 @@ def count_memory(
     specs = list(specs)
     trained = [spec for spec in specs if spec.trainable]
     least = 4 if master and fp32_gradients else 1
+    optimizer_bytes = moments * sum(moment_bytes(spec.count, optimizer_state) for spec in trained)
     return Memory(
         weights_bytes=sum(spec.nbytes for spec in specs),
         master_bytes=sum(4 * spec.count for spec in trained if spec.item_bytes < 4) if master else 0,
         gradients_bytes=sum(spec.count * max(least, spec.item_bytes) for spec in trained),
-        optimizer_bytes=moments * sum(moment_bytes(spec.count, optimizer_state) for spec in trained),
+        optimizer_bytes=optimizer_bytes,
         activations_bytes=activations_bytes,
         overhead_bytes=overhead_bytes,
         peak_bytes=peak_bytes,
+        checkpoint_bytes=sum(spec.count * (4 if master else spec.item_bytes) for spec in trained) + optimizer_bytes,
     )
 
 

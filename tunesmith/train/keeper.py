@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.errors import CheckpointError, ConfigError, PeerError, ResourceError
+from tunesmith.core.moments import COPIED_BYTES
 from tunesmith.train.checkpoint import MEMORY, MOMENTS, WEIGHTS, Checkpoint, Checkpoints, State, read_parts, write_parts
 from tunesmith.train.optim import FIRST, SCALES, SECOND
 from tunesmith.train.tensor_file import Kind, Part, kind_of, whole
@@ -82,7 +83,10 @@ class Keeper:
             optimizer.restore(moments, steps)
 
     def save(self, state: State, pieces: Mapping[str, Tensor], optimizer: Optimizer, seconds: float) -> None:
-        """Begins a checkpoint of now, once the one before is on the disk."""
+        """Begins a checkpoint of now, once the one before is on the disk.
+
+        A state that lies on the CPU and is large is no second time in its memory: it is written before this returns.
+        """
         self.finish()
         files = {
             WEIGHTS: self._parts({"": pieces}, kept=True),
@@ -90,7 +94,10 @@ class Keeper:
         }
         name = self.world.first(lambda: self._begin(state, {file: kinds for file, (kinds, _) in files.items()}))
         work = self.checkpoints.folder / name
-        mine = {file: {name: part.copied() for name, part in parts.items()} for file, (_, parts) in files.items()}
+        mine = {file: parts for file, (_, parts) in files.items()}
+        behind = self.world.most(_on_cpu_bytes(mine)) <= COPIED_BYTES
+        if behind:
+            mine = {file: {name: part.copied() for name, part in parts.items()} for file, parts in mine.items()}
         step, best = state.step, state.best_step
 
         def write() -> None:
@@ -103,6 +110,8 @@ class Keeper:
                 self.checkpoints.prune(best)
 
         self._doing, self._next, self._step = self._thread.submit(write), publish, step
+        if not behind:
+            self.finish()
 
     def go_on(self) -> None:
         """Between two steps: what can be done without waiting for the checkpoint that is being written."""
@@ -201,6 +210,12 @@ def _facts(found: Checkpoint | None) -> dict[str, Any] | None:
         return None
     known = {name: getattr(found, name) for name in ("torch_version", "threads", "kernels", "elapsed_seconds")}
     return {"state": asdict(found.state), **known}
+
+
+def _on_cpu_bytes(files: Mapping[str, Mapping[str, Part]]) -> int:
+    """What copies would take of the memory that training has."""
+    held = (part.held for parts in files.values() for part in parts.values())
+    return sum(tensor.nbytes for tensor in held if tensor.device.type == "cpu")
 
 
 def _kinds(moments: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
