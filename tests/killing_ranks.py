@@ -114,17 +114,18 @@ def phase(run: Path, program: Watched, first: int) -> str:
 
 
 def kill_one(program: Watched, whole: Whole, run: Path, draw: random.Random) -> Kill | None:
-    """SIGKILL to one of two processes: before it works, in a step, or anywhere; None where it was too late."""
+    """SIGKILL to one of two processes: before it works, in a step, or while it saves; None where it was too late."""
     first, ranks = steps_of(run), ranks_of(program, 2)
     when = draw.random()
     if when < 0.2:
         time.sleep(draw.uniform(0, whole.loading_seconds))
     else:
-        program.ready.wait(300)
-        step = draw.randint(first, STEPS - 1) if when < 0.8 else 0
-        while steps_of(run) < step and program.process.poll() is None:
+        step = draw.randint(first, min(first + 10, STEPS - 1))
+        while program.process.poll() is None and (
+            steps_of(run) < step or (when > 0.6 and not any(run.glob("checkpoints/.*")))
+        ):
             time.sleep(0.001)
-        time.sleep(draw.uniform(0, 0.05 if when < 0.8 else 0.9 * whole.working_seconds))
+        time.sleep(draw.uniform(0, 0.02))
     rank, began = draw.randrange(2), time.monotonic()
     try:
         ranks[rank].send_signal(signal.SIGKILL)
@@ -152,11 +153,12 @@ def kill_runs(
     while kills > 0:
         number += 1
         cycle, out = Cycle(), f"broken-{number}"
-        for _ in range(min(kills, draw.randint(3, 6))):
+        for _ in range(min(kills, 10)):
             killed = kill_one(begin(folder, out, layout), whole, folder / out, draw)
             if killed is None:
                 break
             cycle.kills.append(killed)
+            say(killed)
         kills -= len(cycle.kills)
         ended = folder / f"{out}-ended"
         if (folder / out).exists():
@@ -180,6 +182,12 @@ def last_loss(run: Path) -> float:
     return float(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["loss"])
 
 
+def say(kill: Kill) -> None:
+    named, wrong = "named" if kill.is_named else "not named", "" if kill.is_right else "   WRONG"
+    told = f"rank {kill.rank} {kill.doing} at step {kill.step}: exit {kill.code} after {kill.seconds:.1f} s, {named}"
+    print(f"{told}{wrong}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kills", type=int, nargs="?", default=20)
@@ -189,19 +197,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         total, bad = 0, 0
         for cycle in kill_runs(prepare(Path(place)), options.kills, options.seed, tuple(options.layout.split())):
-            for kill in cycle.kills:
-                total += 1
-                told = "" if kill.is_right else "   WRONG"
-                named = "named" if kill.is_named else "not named"
-                print(
-                    f"{total:3} rank {kill.rank} {kill.doing} at step {kill.step}: exit {kill.code} "
-                    f"after {kill.seconds:.1f} s, {named}{told}",
-                    flush=True,
-                )
             same = f"differs: {' '.join(cycle.differs)}" if cycle.differs else "the same, bit for bit"
-            other = ", ".join(f"{size}: {loss:.1e}" for size, loss in cycle.losses.items())
-            print(f"    resumed in 2: {same}; last loss, relative, in {other}", flush=True)
-            bad += not cycle.is_right
+            other = ", ".join(f"in {size}: {loss:.1e}" for size, loss in cycle.losses.items())
+            print(f"    resumed in 2: {same}; last loss, relative, {other}", flush=True)
+            total, bad = total + len(cycle.kills), bad + (not cycle.is_right)
         print(f"{total} kills, {bad} runs that are wrong")
         sys.exit(bool(bad))
 
