@@ -24,6 +24,7 @@ from killing import Watched, Whole, prepare, results
 
 # no dropout, which is drawn for each process apart: the loss does not depend on how many there are
 SETTINGS = ("train.stop=null", "evaluate.metrics=[loss]", "evaluate.every=7", "method.dropout=0")
+SETTINGS += ("train.rows_per_step=12", "train.micro_batch_rows=1")  # a step takes long enough to be killed in
 TWO = ("layout.data=2", "layout.shard=zero3")
 OTHERS = {1: (), 4: ("layout.data=4", "layout.shard=zero3")}
 NOTICED_SECONDS = 60.0
@@ -154,6 +155,8 @@ def kill_runs(
         number += 1
         cycle, out = Cycle(), f"broken-{number}"
         for _ in range(min(kills, 10)):
+            if steps_of(folder / out) == STEPS:
+                break
             killed = kill_one(begin(folder, out, layout), whole, folder / out, draw)
             if killed is None:
                 break

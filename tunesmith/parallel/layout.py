@@ -73,6 +73,10 @@ class LayoutSection(Section):
         return self
 
 
+class AutoLayout(LayoutSection):
+    """`layout: auto`: one is chosen for the processes that there are (`run.spreading`)."""
+
+
 class Held(Protocol):
     """What a layout has to know of the precision (`train.precision`): parameters and masters, by the same names."""
 
