@@ -47,12 +47,12 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
-def start(folder: Path, method: str, out: str) -> subprocess.Popen[str]:
-    """Begins a run, or goes on with it where one was begun."""
+def start(folder: Path, method: str, out: str, *words: str, command: str = "tune") -> subprocess.Popen[str]:
+    """Begins a run, or goes on with it where one was begun; further words are overrides and options."""
     resume = ["--resume"] if (folder / out / "config.yaml").exists() else []
     paths = f"{Path(__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     return subprocess.Popen(
-        [sys.executable, "-m", "tunesmith", "tune", f"{method}.yaml", f"out={out}", *resume],
+        [sys.executable, "-m", "tunesmith", command, f"{method}.yaml", f"out={out}", *words, *resume],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TUNESMITH_CACHE": str(folder / "cache")},
         stderr=subprocess.PIPE,
@@ -65,8 +65,8 @@ def start(folder: Path, method: str, out: str) -> subprocess.Popen[str]:
 class Watched:
     """A running program, what it has said, and when it was ready to work: imported, checked and planned."""
 
-    def __init__(self, folder: Path, method: str, out: str) -> None:
-        self.process = start(folder, method, out)
+    def __init__(self, folder: Path, method: str, out: str, *words: str, command: str = "tune") -> None:
+        self.process = start(folder, method, out, *words, command=command)
         self.lines: list[str] = []
         self.ready, self.ready_at = threading.Event(), 0.0
         self.reader = threading.Thread(target=self._read, daemon=True)

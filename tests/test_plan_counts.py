@@ -135,6 +135,7 @@ def test_frozen_weights_take_their_own_bytes_and_nothing_else():
         "total_bytes": 2160,
         "peak_bytes": 2160,
         "overhead_bytes": 0,
+        "copied_bytes": 120,
     }
 
 

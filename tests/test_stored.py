@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from checkpoint_files import save
 from safetensors.torch import load_file, save_file
 from tiny_folders import tiny_folder
 from tiny_training import TinyTuned, run, settings
@@ -158,6 +159,6 @@ def test_the_trainer_starts_masters_from_what_is_stored_and_a_resumed_run_from_i
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     found = checkpoints.load(1)
     moments = load_file(found.path / "moments.safetensors")
-    checkpoints.save(replace(found.state, step=2, reason=""), moved, moments)
+    save(checkpoints, replace(found.state, step=2, reason=""), moved, moments)
     run(tmp_path, settings(steps=3, lr=0.0), tuned=tuned(), precision=MASTER, resume=True)
     assert all(torch.equal(value, moved[name]) for name, value in weights(3).items())

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, SerializeAsAny, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError
 
 from tunesmith.adapt.method import Method
 from tunesmith.adapt.methods import METHODS
@@ -23,7 +23,7 @@ from tunesmith.evaluate.metrics import OF_PROBLEM
 from tunesmith.evaluate.section import EvaluateSection
 from tunesmith.objectives.objective import Objective
 from tunesmith.objectives.objectives import OBJECTIVES
-from tunesmith.parallel.layout import LayoutSection
+from tunesmith.parallel.layout import AutoLayout, LayoutSection
 from tunesmith.parallel.limits import refusals
 from tunesmith.train.section import PrecisionSection, TrainSection
 
@@ -38,7 +38,7 @@ class Config(Section):
         objective: what is minimised.
         train: how long, how fast, when to save.
         precision: in what numbers.
-        layout: spread how.
+        layout: spread how; `auto` lets the planner choose.
         evaluate: what is measured before, during and after.
         log: where metrics go besides metrics.jsonl.
         out: the run folder.
@@ -50,7 +50,9 @@ class Config(Section):
     objective: SerializeAsAny[Objective]
     train: TrainSection
     precision: PrecisionSection = PrecisionSection()
-    layout: LayoutSection = LayoutSection()
+    layout: Annotated[LayoutSection, BeforeValidator(lambda value: AutoLayout() if value == "auto" else value)] = (
+        LayoutSection()
+    )
     evaluate: EvaluateSection = EvaluateSection()
     log: list[Literal["tensorboard"]] = ["tensorboard"]
     out: str = Field(min_length=1)

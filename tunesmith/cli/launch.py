@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tunesmith.cli.arguments import ConfigFile, Overrides
+
+if TYPE_CHECKING:
+    from tunesmith.parallel.layout import LayoutSection
 
 
 def register(app: typer.Typer) -> None:
@@ -18,6 +21,9 @@ def launch(
     config: ConfigFile,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run.")] = False,
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, help="How many, for layout: auto; without, one for each GPU.")
+    ] = None,
     nodes: Annotated[int, typer.Option("--nodes", min=1, help="Machines to spread the processes over.")] = 1,
     endpoint: Annotated[
         str, typer.Option("--endpoint", help="HOST or HOST:PORT where those of several machines meet.")
@@ -31,7 +37,7 @@ def launch(
     from tunesmith.core.errors import ConfigError
     from tunesmith.parallel.launch import Launch
 
-    layout = load_config(config, overrides).layout
+    layout = _counted(load_config(config, overrides).layout, processes)
     if layout.processes == 1:
         raise ConfigError("the layout is of one process", where="layout", hint=f"tunesmith tune {config}")
     words = ["tune", config, *(overrides or []), *(["--resume"] if resume else [])]
@@ -39,6 +45,25 @@ def launch(
     if run:
         raise typer.Exit(_run(line.arguments()))
     typer.echo(line.slurm() if slurm else line.line(), nl=not slurm)
+
+
+def _counted(layout: LayoutSection, processes: int | None) -> LayoutSection:
+    """A layout with the number of processes of a run, which chooses what they do where it says auto."""
+    from tunesmith.core.errors import ConfigError
+    from tunesmith.parallel.layout import AutoLayout, LayoutSection
+
+    if not isinstance(layout, AutoLayout):
+        if processes is not None:
+            told = f"{processes} has no effect on a layout that says how many processes it has"
+            raise ConfigError(told, where="--processes", hint="layout=auto chooses one for so many")
+        return layout
+    if processes is None:
+        import torch
+
+        processes = torch.cuda.device_count()
+    if not processes:
+        raise ConfigError("auto does not say how many processes", where="layout", hint="--processes 2")
+    return LayoutSection(data=processes)
 
 
 def _run(arguments: list[str]) -> int:
@@ -55,6 +80,11 @@ def _run(arguments: list[str]) -> int:
     except SignalException as error:
         return INTERRUPTED if error.sigval.name == "SIGINT" else TERMINATED
     except ChildFailedError as error:
-        code: int = error.get_first_failure()[1].exitcode
-        return code if code > 0 else PeerError.exit_code
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return int(failure.exitcode)
+        # the others may have been too young to know it
+        told = PeerError.told(f"rank {rank}: killed by {failure.signal_name()}")
+        typer.echo(f"error: {told}\nhint: {PeerError.HINT}", err=True)
+        return PeerError.exit_code
     return 0

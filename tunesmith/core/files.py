@@ -126,14 +126,10 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     Raises ResourceError.
     """
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{path.name[:60]}.", suffix=".tmp", dir=path.parent))
-    except OSError as error:
-        raise os_error(path, error) from error
+    work = draft_folder(path)
     try:
         yield work
-        _publish(work, path)
+        publish_folder(work, path)
     except OSError as error:
         if isinstance(error, TunesmithError):
             raise
@@ -142,7 +138,17 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _publish(work: Path, path: Path) -> None:
+def draft_folder(path: Path) -> Path:
+    """A temporary folder beside `path`, for `publish_folder`. Raises ResourceError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{path.name[:60]}.", suffix=".tmp", dir=path.parent))
+    except OSError as error:
+        raise os_error(path, error) from error
+
+
+def publish_folder(work: Path, path: Path) -> None:
+    """Flushes everything in a folder and makes it `path`, in the place of what is there. Raises OSError."""
     for file in work.rglob("*"):
         if file.is_file():
             with open(file, "rb") as stream:

@@ -1,9 +1,11 @@
-"""In what an optimizer keeps its moments, and how many bytes that is; the planner and the trainer agree on it here."""
+"""In what an optimizer keeps its moments, how many bytes that is, and what is copied to be saved; the planner and the
+trainer agree on it here."""
 
 from __future__ import annotations
 
 BLOCK = 256  # numbers of int8 that share a scale
 SMALL = 4096  # tensors of fewer numbers stay fp32 in int8: they take nothing, and one outlier would be all of a block
+COPIED_BYTES = 256_000_000  # of a state on the CPU that is copied, to be saved while training goes on
 STATE_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 

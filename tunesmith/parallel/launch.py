@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tunesmith.core.errors import ConfigError
-from tunesmith.parallel.layout import LayoutSection
+from tunesmith.parallel.layout import AutoLayout, LayoutSection
 
 PORT = 29500
 
@@ -80,7 +80,7 @@ def started(layout: LayoutSection, line: str) -> tuple[int, int]:
         line: how to start it, for the hint.
     """
     size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-    if size != layout.processes:
+    if size != layout.processes and not isinstance(layout, AutoLayout):
         here = "this is one process" if size == 1 else f"torchrun has started {size}"
         told = f"a layout of {layout.processes} process{'es' if layout.processes > 1 else ''}, and {here}"
         raise ConfigError(told, where="layout", hint=line if layout.processes > 1 else f"set layout.data={size}")

@@ -17,6 +17,7 @@ from tunesmith.core.section import Section
 from tunesmith.parallel.world import ALONE, Alone, World
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from tunesmith.core.types import Batch
@@ -76,6 +77,10 @@ class LayoutSection(Section):
         if self.shard == "zero2" and self.schedule == "interleaved":
             raise ValueError("schedule: interleaved would reduce what zero2 splits twice a micro-batch; take 1f1b")
         return self
+
+
+class AutoLayout(LayoutSection):
+    """`layout: auto`: one is chosen for the processes that there are (`run.spreading`)."""
 
 
 class Held(Protocol):
@@ -163,12 +168,16 @@ class Layout(Protocol):
         """Whole tensors of the pieces of all processes, on the first; nothing on the others."""
         ...
 
-    def room(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Room for the whole tensors, on the first; nothing on the others."""
+    def wholes(self, pieces: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of the whole tensors of the pieces of all processes; on every one."""
         ...
 
-    def deal(self, whole: Mapping[str, Tensor], pieces: Mapping[str, Tensor]) -> None:
-        """Fills the pieces of all processes from the first one's whole tensors."""
+    def runs(self, name: str, piece: Tensor) -> Sequence[tuple[int, int]]:
+        """Where the numbers of a piece lie in the whole tensor: first and behind the last of each run, in order."""
+        ...
+
+    def keeps(self, name: str) -> bool:
+        """Whether a checkpoint has the numbers of a piece from this process, and not from another that has the same."""
         ...
 
     def facts(self) -> dict[str, Any]:
@@ -231,11 +240,14 @@ class Single:
     def whole(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(pieces)
 
-    def room(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(pieces)
+    def wholes(self, pieces: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return {name: (piece.dtype, tuple(piece.shape)) for name, piece in pieces.items()}
 
-    def deal(self, whole: Mapping[str, Tensor], pieces: Mapping[str, Tensor]) -> None:
-        pass
+    def runs(self, name: str, piece: Tensor) -> Sequence[tuple[int, int]]:
+        return [(0, piece.numel())]
+
+    def keeps(self, name: str) -> bool:
+        return True
 
     def facts(self) -> dict[str, Any]:
         return self.world.total()

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from tunesmith.parallel.buckets import fill
 from tunesmith.parallel.layout import Held, LayoutSection, Single, of_data
+from tunesmith.parallel.pieces import runs_of_cut
 from tunesmith.parallel.world import Alone, World
 
 
@@ -108,38 +109,19 @@ class Parts(Single):
             for name, parts in sorted(held.items())
         }
 
-    def room(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def wholes(self, pieces: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         dtypes = {name: dtype for told in self._dtypes(pieces) for name, dtype in told.items()}
-        if not self.world.is_first:
-            return {}
-        return {name: torch.empty(self._shape(name), dtype=dtype) for name, dtype in sorted(dtypes.items())}
+        return {name: (dtype, tuple(self._shape(name))) for name, dtype in sorted(dtypes.items())}
 
-    def deal(self, whole: Mapping[str, Tensor], pieces: Mapping[str, Tensor]) -> None:
-        mine = self.inner.room(pieces)
-        if self.data.is_first:
-            self._hand_out(whole, mine)
-        self.inner.deal(mine, pieces)
+    def runs(self, name: str, piece: Tensor) -> Sequence[tuple[int, int]]:
+        inner, axis = self.inner.runs(name, piece), self.axes.get(name)
+        if axis is None:
+            return inner
+        shape, size, rank = self._shape(name), self.split.size, self.split.rank
+        return [run for within in inner for run in runs_of_cut(shape, axis, size, rank, within)]
 
-    def _hand_out(self, whole: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> None:
-        """Fills every part's tensors from the whole ones of the first."""
-        with torch.no_grad():
-            if not self.parts.is_first:
-                for name in sorted(mine):
-                    part = torch.empty(self._tables[self.parts.rank][name], dtype=mine[name].dtype)
-                    self.parts.traffic.receive(part, 0)
-                    mine[name].copy_(part)
-                return
-            for rank in reversed(range(self.parts.size)):
-                for name in sorted(self._tables[rank].keys() & whole.keys()):
-                    part = self._cut(name, whole[name], rank)
-                    if rank:
-                        self.parts.traffic.send(part.contiguous(), rank)
-                    else:
-                        mine[name].copy_(part)
-
-    def _cut(self, name: str, whole: Tensor, rank: int) -> Tensor:
-        axis = self.axes.get(name)
-        return whole if axis is None else whole.chunk(self.split.size, axis)[rank % self.split.size]
+    def keeps(self, name: str) -> bool:
+        return self.inner.keeps(name) and self._owner(name) in (None, self.parts.rank)
 
     def _owner(self, name: str) -> int | None:
         """The first of the parts that has a tensor whole; None where it is cut and each has some of it."""

@@ -1,12 +1,12 @@
 """Which part of every tensor each process has: one run of its numbers in their order, so that parts add up to it.
 
-That holds for a flat buffer cut into equal parts and for rows of a matrix alike, and is why one format of checkpoints
-serves all layouts: parts are laid end to end on the first process, and handed out from there, one tensor at a time.
+That holds for a flat buffer cut into equal parts and for rows of a matrix alike; a matrix cut by columns is many runs.
+It is why one format of checkpoints serves all layouts: each process writes and reads its runs of the whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,22 +54,23 @@ def collect(world: World, places: Mapping[str, Place], pieces: Mapping[str, Tens
     return found
 
 
-def hand_out(
-    world: World, places: Mapping[str, Place], whole: Mapping[str, Tensor], pieces: Mapping[str, Tensor]
-) -> None:
-    """Fills every process's pieces from the whole tensors of the first."""
-    with torch.no_grad():
-        for name, piece in pieces.items():
-            place = places[name]
-            if not world.is_first:
-                part = torch.empty(piece.numel(), dtype=piece.dtype, device=piece.device)
-                if piece.numel():
-                    world.traffic.receive(part, 0)
-                piece.copy_(part.view(piece.shape))
-                continue
-            flat = whole[name].reshape(-1)
-            for peer in range(1, world.size):
-                part = flat[place.mine(peer)]
-                if part.numel():
-                    world.traffic.send(part.to(piece.device).contiguous(), peer)
-            piece.copy_(flat[place.mine(0)].view(piece.shape))
+def runs_of_cut(
+    shape: Sequence[int], axis: int, parts: int, rank: int, within: tuple[int, int]
+) -> list[tuple[int, int]]:
+    """Where a run of numbers of an equal part of a tensor lies in the whole.
+
+    Args:
+        shape: of the whole, which is cut into `parts` along `axis`.
+        within: first and behind the last number, in the order of the part of `rank`.
+    """
+    stride = torch.Size(shape[axis:]).numel()  # numbers of the whole from one row to the next
+    width = stride // parts
+    found = []
+    at, end = within
+    while at < end:
+        row, column = divmod(at, width)
+        count = min(width - column, end - at)
+        first = row * stride + rank * width + column
+        found.append((first, first + count))
+        at += count
+    return found

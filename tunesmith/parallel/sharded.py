@@ -1,6 +1,6 @@
 """What layouts of data have in common: every process has a piece of each tensor, at a place that all know.
 
-The one idea: checkpoints are read and written whole by the first process, so a layout need only say where pieces are
+The one idea: every process writes and reads its own numbers of a checkpoint, so a layout need only say where they are
 (`pieces.py`). What a process does with its pieces is `ddp.py`, `zero1.py`, `zero2.py` and `zero3.py`.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.parallel.layout import Single
-from tunesmith.parallel.pieces import Place, collect, hand_out
+from tunesmith.parallel.pieces import Place, collect
 from tunesmith.parallel.world import World
 
 
@@ -25,13 +25,14 @@ class Placed(Single):
         super().__init__(world)
         self.places: dict[str, Place] = {}
 
-    def room(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if not self.world.is_first:
-            return {}
-        return {name: torch.empty(self.places[name].shape, dtype=piece.dtype) for name, piece in pieces.items()}
+    def wholes(self, pieces: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return {name: (piece.dtype, tuple(self.places[name].shape)) for name, piece in pieces.items()}
 
-    def deal(self, whole: Mapping[str, Tensor], pieces: Mapping[str, Tensor]) -> None:
-        hand_out(self.world, self.places, whole, pieces)
+    def runs(self, name: str, piece: Tensor) -> Sequence[tuple[int, int]]:
+        return [self.places[name].ranges[self.world.rank]]
+
+    def keeps(self, name: str) -> bool:
+        return self.world.is_first
 
 
 class Sharded(Placed):
@@ -48,3 +49,6 @@ class Sharded(Placed):
 
     def whole(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return collect(self.world, self.places, pieces)
+
+    def keeps(self, name: str) -> bool:
+        return True

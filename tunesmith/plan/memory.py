@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.errors import ConfigError, did_you_mean
-from tunesmith.core.moments import STATE_BYTES, moment_bytes
+from tunesmith.core.moments import COPIED_BYTES, STATE_BYTES, moment_bytes
 from tunesmith.plan.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ class Memory:
             while activations are; equal to it where that is not known.
         phases: bytes by part when tensors take most in each phase, where that is known: load, forward, backward, step,
             save, and evaluate where there is one.
+        checkpoint_bytes: what a checkpoint has of this process.
     """
 
     weights_bytes: int
@@ -98,6 +99,7 @@ class Memory:
     peak_bytes: int = 0
     offloaded_bytes: int = 0
     phases: dict[str, Parts] = field(default_factory=dict)
+    checkpoint_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -133,6 +135,8 @@ class Memory:
             "overhead_bytes": self.overhead_bytes,
             "resident_bytes": self.resident_bytes,
             "phases": self.phases,
+            # in no total: it is there for a moment, and not where it would be much
+            "copied_bytes": self.checkpoint_bytes if self.checkpoint_bytes <= COPIED_BYTES else 0,
         }
 
 
@@ -210,6 +214,7 @@ def count_memory(
         overhead_bytes=overhead_bytes,
         peak_bytes=peak_bytes,
         offloaded_bytes=master_bytes + optimizer_bytes if offload_optimizer else 0,
+        checkpoint_bytes=sum(spec.count * (4 if master else spec.item_bytes) for spec in trained) + optimizer_bytes,
     )
 
 

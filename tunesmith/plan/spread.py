@@ -59,6 +59,7 @@ class Spread:
             master_bytes=self._part(whole.master_bytes) if level >= 1 else whole.master_bytes,
             gradients_bytes=self._part(whole.gradients_bytes) if level >= 2 else whole.gradients_bytes,
             optimizer_bytes=self._part(whole.optimizer_bytes) if level >= 1 else whole.optimizer_bytes,
+            checkpoint_bytes=self._part(whole.checkpoint_bytes) if level >= 1 else whole.checkpoint_bytes,
         )
         saved = whole.state_bytes - spread.state_bytes
         peak = max(whole.peak_bytes - saved, spread.state_bytes) if whole.peak_bytes else 0

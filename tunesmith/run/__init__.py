@@ -27,6 +27,7 @@ from tunesmith.parallel.layout import Layout, LayoutSection, layout_of
 from tunesmith.parallel.world import ALONE, Alone
 from tunesmith.run.folder import RunFolder, check_state, check_writable, locked, machine, versions
 from tunesmith.run.prepare import Prepared, prepare
+from tunesmith.run.spreading import settled
 from tunesmith.run.stopping import stoppable
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ def run(config: Config, *, resume: bool = False, before: bool = True) -> Path:
     """
     folder = RunFolder(config.out)
     with stoppable(folder), world_of(config.layout) as world:
+        config, why = settled(config, folder, world)
+        if why and world.is_first:
+            say(why)
         return _run(config, folder, resume or (is_restarted() and folder.exists), before, world)
 
 
@@ -169,7 +173,8 @@ def _make_ready(prepared: Prepared, folder: RunFolder, world: Alone) -> _Ready:
     if world.is_first:
         folder.record(
             status="running", versions=versions(), machine=machine(), kernels=made_with(), data=prepared.data_facts(),
-            seed=prepared.config.train.seed, model=_model_facts(loaded, prepared.config.model), **chosen,
+            seed=prepared.config.train.seed, layout=as_dict(prepared.config)["layout"],
+            model=_model_facts(loaded, prepared.config.model), **chosen,
         )  # fmt: skip
     return _Ready(prepared, loaded, judge_of(prepared, folder.path), layout, chosen["precision"], chosen["recompute"])
 

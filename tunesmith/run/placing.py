@@ -20,6 +20,7 @@ from tunesmith.plan.cluster import Cluster, ClusterSection
 from tunesmith.plan.loads import Work
 
 if TYPE_CHECKING:
+    from tunesmith.models.load import Dtype
     from tunesmith.plan.pieces import Pieces
     from tunesmith.plan.ranking import Ranking
 
@@ -59,8 +60,8 @@ def work_of(config: Config) -> Work:
     return Work(max(1, tokens // length), min(length, tokens))
 
 
-def pieces_of_run(config: Config) -> Pieces:
-    """The model with its method attached, counted part by part."""
+def pieces_of_run(config: Config, dtype: Dtype = "bf16") -> Pieces:
+    """The model with its method attached, counted part by part; its weights in this dtype."""
     from tunesmith.models.load import meta
     from tunesmith.models.targets import block_paths
     from tunesmith.plan.memory import tensor_specs
@@ -74,7 +75,7 @@ def pieces_of_run(config: Config) -> Pieces:
         raise ModelError(f"{experts} {settings[experts]}: mixtures of experts are not placed", where=str(folder))
     config.objective.check(settings)
     config.method.check(settings)
-    loaded = meta(str(folder), dtype="bf16")
+    loaded = meta(str(folder), dtype=dtype)
     blocks = block_paths(loaded.model, loaded.family)
     if loaded.family.kind == "seq2seq" or not blocks:
         raise ModelError(f"{loaded.family.name}: only models of one row of blocks are placed", where=str(folder))

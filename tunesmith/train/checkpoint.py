@@ -1,50 +1,43 @@
 """Checkpoints that are complete or absent, and the choice of the one to resume from.
 
-A checkpoint is written beside its place, flushed and renamed. Its manifest holds the size and SHA-256 of every
-file and of itself, so that one flipped byte anywhere is noticed; then the one before it is used. No pickle.
+A checkpoint is written beside its place, flushed and renamed: drafted and published by one process, filled by all that
+have a part of it. Its manifest holds the size and SHA-256 of every file and of itself, so that one flipped byte
+anywhere is noticed; then the one before it is used. No pickle.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from tunesmith.core.errors import CheckpointError
+from tunesmith.core.errors import CheckpointError, ResourceError
 from tunesmith.core.files import (
-    atomic_folder,
     canonical_json,
+    draft_folder,
     os_error,
+    publish_folder,
     read_json,
     sha256_file,
     strict_loads,
     sync_folder,
 )
 from tunesmith.kernels.build import made_with
-from tunesmith.train.scratch import let_go
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from tunesmith.train.tensor_file import Kind, Part, TensorFile, create
 
 log = logging.getLogger(__name__)
 
 WEIGHTS, MOMENTS, STATE, MANIFEST = "weights.safetensors", "moments.safetensors", "state.json", "manifest.json"
 MEMORY = "memory."  # before the names of what a method remembers, which lies with the moments
 FORMAT = 2
-_DTYPES = {  # in the order in which they lie in a file
-    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
-    torch.float16: "F16", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 _NAME = re.compile(r"step-(\d{6,})")
 _LEFTOVER = re.compile(r"\.step-\d{6,}\..*")
 _REPLACED = re.compile(r"\.(step-\d{6,})\.[^.]+\.old")  # what atomic_folder moves out of the way
@@ -104,18 +97,29 @@ class Checkpoint:
     kernels: str
     elapsed_seconds: float
 
-    def read(self, file: str, into: Mapping[str, Tensor]) -> None:
-        """Copies the tensors of a file into those of the same names. Raises CheckpointError when they differ."""
-        with safe_open(self.path / file, framework="pt") as stored:
-            _same_names(self.path / file, set(stored.keys()), set(into))
-            for name, tensor in into.items():
-                found = stored.get_tensor(name)
-                if found.shape != tensor.shape or found.dtype != tensor.dtype:
-                    told = f"{found.dtype} {list(found.shape)}, not {tensor.dtype} {list(tensor.shape)}"
-                    raise CheckpointError(f"{name} is {told}", where=str(self.path / file))
-                with torch.no_grad():
-                    tensor.copy_(found)
-                    let_go(tensor)
+
+def read_parts(path: Path, kinds: Mapping[str, Kind], parts: Mapping[str, Part]) -> None:
+    """Fills this process's parts from a file of tensors of these kinds. Raises CheckpointError when they differ."""
+    try:
+        stored = TensorFile(path)
+        _same_names(path, set(stored.kinds), set(kinds))
+        for name, kind in kinds.items():
+            if stored.kinds[name] != kind:
+                raise CheckpointError(f"{name} is {stored.kinds[name]}, not {kind}", where=str(path))
+        stored.read(parts)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
+
+
+def write_parts(path: Path, parts: Mapping[str, Part]) -> None:
+    """Puts this process's parts into a file of a draft. Raises ResourceError."""
+    try:
+        TensorFile(path).write(parts)
+    except FileNotFoundError as error:
+        told = "this process does not see what the first one has made"
+        raise ResourceError(told, where=str(path), hint="choose an out: that all machines share") from error
+    except OSError as error:
+        raise os_error(path, error) from error
 
 
 def _same_names(path: Path, stored: set[str], wanted: set[str]) -> None:
@@ -148,17 +152,32 @@ class Checkpoints:
             return []
         return sorted((int(match.group(1)) for match in names if match), reverse=True)
 
-    def save(
-        self, state: State, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], elapsed_seconds: float = 0.0
-    ) -> Path:
-        """Writes the checkpoint of `state.step`; when this returns it is on the disk. Raises ResourceError."""
-        path = self.path(state.step)
-        with atomic_folder(path) as work:
-            _save_tensors(work / WEIGHTS, weights)
-            _save_tensors(work / MOMENTS, moments)
+    def draft(self, state: State, kinds: Mapping[str, Mapping[str, Kind]]) -> Path:
+        """Begins the checkpoint of `state.step`: a folder to fill, with room for the tensors of each file.
+
+        Raises ResourceError.
+        """
+        work = draft_folder(self.path(state.step))
+        try:
+            for file, held in kinds.items():
+                create(work / file, held)
             (work / STATE).write_text(canonical_json(asdict(state), indent=1), "utf-8")
+        except OSError as error:
+            self.discard(work)
+            raise os_error(self.path(state.step), error) from error
+        return work
+
+    def publish(self, work: Path, step: int, elapsed_seconds: float = 0.0) -> None:
+        """Makes a draft that is filled a checkpoint; when this returns it is on the disk. Raises ResourceError."""
+        try:
             (work / MANIFEST).write_text(_manifest(work, elapsed_seconds), "utf-8")
-        return path
+            publish_folder(work, self.path(step))
+        except OSError as error:
+            raise os_error(self.path(step), error) from error
+
+    def discard(self, work: Path) -> None:
+        """Takes back a draft."""
+        shutil.rmtree(work, ignore_errors=True)
 
     def load(self, step: int) -> Checkpoint:
         """The checkpoint of a step, every byte checked. Raises CheckpointError saying what is wrong with it."""
@@ -231,31 +250,6 @@ class Checkpoints:
                 os.rename(self.folder / name, self.folder / replaced.group(1))
             else:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
-
-
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """What `safetensors.torch.save_file` writes, but one tensor after the other, so that none has to be in memory."""
-    ordered = sorted(tensors, key=lambda name: (list(_DTYPES).index(tensors[name].dtype), name))
-    header, end = {}, 0
-    for name in ordered:
-        held, start = tensors[name], end
-        end += held.nbytes
-        header[name] = {"dtype": _DTYPES[held.dtype], "shape": list(held.shape), "data_offsets": [start, end]}
-    told = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    told += b" " * (-len(told) % 8)
-    try:
-        with open(path, "wb") as file:
-            file.write(len(told).to_bytes(8, "little") + told)
-            _write_tensors(file, [tensors[name] for name in ordered])
-    except OSError as error:
-        raise os_error(path, error) from error
-
-
-def _write_tensors(file: BinaryIO, tensors: Iterable[Tensor]) -> None:
-    for tensor in tensors:
-        flat = tensor.detach().contiguous().cpu().view(-1)
-        file.write(flat.view(torch.uint8).numpy().data)
-        let_go(tensor)
 
 
 def _manifest(folder: Path, elapsed_seconds: float) -> str:

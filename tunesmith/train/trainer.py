@@ -91,6 +91,7 @@ def train(
         stack.enter_context(closing(run.precision))
         stack.enter_context(closing(run.layout))
         stack.enter_context(closing(run.offload))
+        stack.enter_context(closing(run.keeper))
         # the caller's random state is his own
         stack.enter_context(torch.random.fork_rng(devices=run.cuda_devices))
         run.begin(resume)
@@ -210,6 +211,7 @@ class _Run:
             self._after(record, self._reason(is_last))
             if self.state.reason:
                 return
+            self.keeper.go_on()
         raise DataError("there are no rows to train on", where="data.train")
 
     def _step(self, step: Step) -> Record:
@@ -281,6 +283,7 @@ class _Run:
         self.layout.passed()
 
     def _diverged(self, error: DivergedError, step: int) -> DivergedError:
+        self.keeper.finish()
         step_saved, checkpoints = self.keeper.saved_step, self.keeper.checkpoints
         kept = f"the last checkpoint is {checkpoints.path(step_saved)}" if step_saved >= 0 else "nothing was saved yet"
         hint = f"lower train.lr, or look at these rows; {kept}"
@@ -310,6 +313,7 @@ class _Run:
             if metrics is None:
                 self._asked()
                 self._save(pending=record, reason=reason)
+                self.keeper.finish()
                 raise self.signals.stopped(state.step)
             is_best, reason = self._judged(metrics, reason)
             record = {**record, **{f"eval_{name}": value for name, value in metrics.items()}}
@@ -319,6 +323,8 @@ class _Run:
         asked = self._asked()
         if reason or is_best or state.step % self.settings.save_every == 0 or asked:
             self._save()
+        if reason or asked:
+            self.keeper.finish()
         if asked:
             raise self.signals.stopped(state.step)
 
