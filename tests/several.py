@@ -223,7 +223,7 @@ def stopping(world: Alone, at: int) -> Any:
 
 
 def others(world: Alone, folder: Path) -> None:
-    """What may happen in a run: bf16, recomputation, offload, a broken one, a row without a number, a refused method."""
+    """What may happen in a run: bf16, recomputation, offload, a broken run, a row without a number, refusal."""
     low = {"dtype": torch.bfloat16, "precision": {"compute": "bf16"}}
     for shard in SHARDS:
         trained(world, shard, "full", folder / f"bf16-{shard}", **low)

@@ -106,3 +106,5 @@ def test_a_killed_run_with_offload_leaves_no_file_and_goes_on_without(
     planned = told(f"plan o.yaml train.offload={offload} out=new --json")["memory"]
     assert planned["offloaded_bytes"] > 10_000
     assert planned["total_bytes"] < plan["total_bytes"]
+    if offload == "optimizer":
+        assert planned["offloaded_bytes"] == plan["master_bytes"] + plan["optimizer_bytes"]
