@@ -97,7 +97,7 @@ def test_launch_refuses_a_layout_of_one_process(tmp_path: Path, capsys: pytest.C
     ("changes", "told"),
     [
         ({"layout": {"shard": "zero1"}}, "shard: zero1 has no effect on one process"),
-        ({"layout": {"tensor": 2, "pipeline": 2}}, "tensor and pipeline are not there together"),
+        ({"layout": {"data": 2, "tensor": 2, "shard": "zero3"}}, "zero3 is not there with tensor"),
         ({"layout": {"data": 2}, "train": {"steps": 1, "optimizer_state": "int8"}}, "int8 codes are of blocks"),
         ({"layout": {"data": 2, "shard": "zero3"}, "precision": {"base": "nf4"}}, "zero3 splits numbers"),
         ({"layout": {"pipeline": 2}, "precision": {"compute": "fp16"}}, "fp16 and its loss scaling are not there"),
@@ -127,10 +127,12 @@ def program(folder: Path, *words: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_run_which_any_number_of_processes_goes_on_with(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [("layout.data=2", "layout.shard=zero2"), ("layout.pipeline=2",)])
+def test_a_killed_process_ends_the_run_which_any_number_of_processes_goes_on_with(
+    tmp_path: Path, layout: tuple[str, ...]
+) -> None:
     """Kills: survivors that wait for ever; a step that is lost; a checkpoint that one process alone can read."""
     folder = prepare(tmp_path)
-    layout = ("layout.data=2", "layout.shard=zero2")
     broken = program(folder, "launch", "lora.yaml", "out=broken", *SETTINGS, *layout, "--run")
     log = folder / "broken" / "metrics.jsonl"
     while (not log.exists() or log.read_text().count("\n") < 12) and broken.poll() is None:
