@@ -102,8 +102,6 @@ CASES = {
     4: {
         "pipeline-4": Case(LayoutSection(pipeline=4)),
         "data-2-pipeline-2": Case(LayoutSection(data=2, pipeline=2)),
-        "data-2-pipeline-2-zero1": Case(LayoutSection(data=2, pipeline=2, shard="zero1")),
-        "data-2-tensor-2": Case(LayoutSection(data=2, tensor=2), exact=True),
         "tensor-2-pipeline-2": Case(LayoutSection(tensor=2, pipeline=2), exact=True),
         "data-2-pipeline-2-zero2": Case(LayoutSection(data=2, pipeline=2, shard="zero2")),
         "data-2-tensor-2-zero1": Case(LayoutSection(data=2, tensor=2, shard="zero1"), exact=True),
