@@ -123,7 +123,9 @@ TABLE |= {
 def made(method: str, layout: Layout, case: Case) -> Any:
     """A tiny model of four blocks with tied embeddings and a method on it, as a layout computes with it."""
     dtype = torch.bfloat16 if case.low else torch.float64 if case.exact else torch.float32
-    loaded = tiny_loaded(case.family, dtype=dtype, num_hidden_layers=4, tie_word_embeddings=True)
+    # an embedding so large that replicas which share state cut within it, at each end of a pipeline elsewhere
+    shape = {"num_hidden_layers": 4, "vocab_size": 701, "tie_word_embeddings": True}
+    loaded = tiny_loaded(case.family, dtype=dtype, **shape)
     if case.exact:
         with_exact_norms(loaded).model.to(torch.float64)
     if case.base != "same":
