@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from killing import prepare
-from killing_ranks import kill_runs
+from killing_ranks import TWO, kill_runs
 
 from tunesmith.cli.main import main
 from tunesmith.config import build_config
@@ -92,7 +92,7 @@ def test_launch_refuses_a_layout_of_one_process(tmp_path: Path, capsys: pytest.C
     ("changes", "told"),
     [
         ({"layout": {"shard": "zero1"}}, "shard: zero1 has no effect on one process"),
-        ({"layout": {"tensor": 2, "pipeline": 2}}, "tensor and pipeline are not there together"),
+        ({"layout": {"data": 2, "tensor": 2, "shard": "zero3"}}, "zero3 is not there with tensor"),
         ({"layout": {"data": 2}, "train": {"steps": 1, "optimizer_state": "int8"}}, "int8 codes are of blocks"),
         ({"layout": {"data": 2, "shard": "zero3"}, "precision": {"base": "nf4"}}, "zero3 splits numbers"),
         ({"layout": {"pipeline": 2}, "precision": {"compute": "fp16"}}, "fp16 and its loss scaling are not there"),
@@ -114,11 +114,15 @@ def test_settings_that_several_processes_cannot_have_are_refused(changes: dict[s
 
 
 @pytest.mark.slow
-def test_a_process_killed_anywhere_ends_all_in_time_and_the_run_goes_on_with_any_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "kills"), [(TWO, 2), (("layout.pipeline=2",), 1)])
+def test_a_process_killed_anywhere_ends_all_in_time_and_the_run_goes_on_with_any_number(
+    tmp_path: Path, layout: tuple[str, ...], kills: int
+) -> None:
     """Kills: survivors that wait for ever; a rank that nobody names; a step that is lost; half a checkpoint in force.
 
     `python tests/killing_ranks.py 20` does more of it, and goes on with four processes, too.
     """
-    cycles = list(kill_runs(prepare(tmp_path), 2, seed=random.randrange(2**32), others=(1,)))
-    assert all(cycle.is_right for cycle in cycles), cycles
-    assert sum(len(cycle.kills) for cycle in cycles) == 2
+    seed = random.randrange(2**32)
+    cycles = list(kill_runs(prepare(tmp_path), kills, seed, layout, others=(1,)))
+    assert all(cycle.is_right for cycle in cycles), (seed, cycles)
+    assert sum(len(cycle.kills) for cycle in cycles) == kills

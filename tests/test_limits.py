@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tunesmith.core.errors import ConfigError
 from tunesmith.data.encode import Example
 from tunesmith.data.pack import cut_into
 from tunesmith.parallel.layout import LayoutSection
-from tunesmith.parallel.limits import check_model
+from tunesmith.parallel.limits import check_model, refusals
 from tunesmith.parallel.stages import idle_share, levelled, spans, wanted
 
 BASE: dict[str, Any] = {"model": "m", "data": {"train": "x", "eval": "y"}, "train": {"steps": 1}, "out": "o"}
@@ -46,7 +47,6 @@ def test_sections_that_fit_nothing_are_refused(section: dict[str, Any], said: st
         ({"layout": TENSOR, "method": {"kind": "adapter", "style": "parallel"}}, "method.style"),
         ({"layout": TENSOR, "method": {"kind": "lora", "dropout": 0.1}}, "method.dropout"),
         ({"layout": TENSOR, "train": {"steps": 1, "recompute": "full"}}, "train.recompute"),
-        ({"layout": PIPELINE, "objective": {"kind": "predict", "problem": "classification"}}, "objective: predict"),
         ({"layout": PIPELINE, "data": {"train": "x", "packing": False}}, "data.packing"),
         ({"layout": PIPELINE, "train": {"steps": 1, "cache_trunk": 9}}, "train.cache_trunk"),
         (
@@ -62,6 +62,13 @@ def test_sections_that_fit_nothing_are_refused(section: dict[str, Any], said: st
 def test_what_was_not_shown_to_be_exact_is_refused(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         build_config(BASE | change)
+
+
+def test_an_objective_that_was_not_shown_to_be_exact_is_refused() -> None:
+    config = build_config(BASE | {"layout": PIPELINE})
+    assert not list(refusals(config))
+    another = config.model_copy(update={"objective": SimpleNamespace(kind="another", predicts=None)})
+    assert [key for key, _, _ in refusals(another)] == ["objective"]
 
 
 @pytest.mark.parametrize(

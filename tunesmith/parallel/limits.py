@@ -46,9 +46,9 @@ def refusals(config: Any) -> Iterator[tuple[str, str, str]]:
     if offload == "activations" and spread:
         told = f"activations wait for a backward of their own, and {spread} makes passes itself"
         yield "train.offload", told, "leave it out, or use layout.data without zero3"
-    if config.precision.base != "same" and spread:
+    if config.precision.base != "same" and spread in ("tensor", "zero3"):
         told = f"{config.precision.base} holds codes, and {spread} splits numbers"
-        yield "precision.base", told, "set it to same, or use layout.data without zero3"
+        yield "precision.base", told, "set it to same, or use layout.pipeline, or layout.data without zero3"
     is_written = stop is not None and stop.metric not in ("loss", "perplexity") and not config.objective.predicts
     if is_written and spread:
         told = f"is of written text, and {spread} has no whole model to write with"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tunesmith.core.errors import ConfigError
 from tunesmith.core.types import Batch
+from tunesmith.kernels.quantized import Quantized
 from tunesmith.models.ports import Port, attached_to
 from tunesmith.models.targets import block_paths
 from tunesmith.models.trunk import current_cut
@@ -52,7 +53,7 @@ class Pipeline(Parts):
             _without_embedding(policy.model.get_input_embeddings())
         for parameter in policy.model.parameters():
             if not stages[id(parameter)] & mine:
-                parameter.data = parameter.data.new_empty(0)
+                _let_go(parameter)
         self.engine = Engine(policy, self.section, self.pipe, self.mesh.get_group("pipe"), lowest, self.passed)
         self.passes = self._passes
         tuned.policy = _StagedPolicy(policy, self.engine)
@@ -136,6 +137,14 @@ def _stages_of(policy: Any, held: list[Span]) -> dict[int, set[int]]:
         shares = head is not None and any(parameter is other for other in head.parameters())
         found[id(parameter)] = {0, last} if shares else {0}
     return found
+
+
+def _let_go(parameter: nn.Parameter) -> None:
+    """Frees the numbers of a parameter, or its codes."""
+    if isinstance(parameter, Quantized):
+        parameter.parts = {name: part.new_empty(0) for name, part in parameter.parts.items()}
+    else:
+        parameter.data = parameter.data.new_empty(0)
 
 
 def _without_embedding(embed: nn.Module) -> None:
