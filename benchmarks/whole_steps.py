@@ -4,8 +4,8 @@
 
 Two `tunesmith tune` of one small llama, each in a network namespace of its own (`benchmarks/links.py`). Computing is
 calibrated once: one process alone, with the rows that each of two has, whose fastest step says how many FLOPs a second
-the planner is given. Its step with nothing hidden is compared with the fastest of the measured ones. The model is small and
-the links are slow, so that a busy machine tells something, too. Needs root and iproute2.
+the planner is given; a link is fitted on collectives alone. Its step with nothing hidden is compared with the fastest of the measured ones. The model is small
+and the links are slow, so that a busy machine tells something, too. Needs root and iproute2.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.links import namespaces  # noqa: E402
+from benchmarks.links import fitted, measured, namespaces  # noqa: E402
 from tunesmith.config import Config, load_config  # noqa: E402
 from tunesmith.plan import links, placed  # noqa: E402
 from tunesmith.plan.cluster import Cluster, ClusterSection  # noqa: E402
 from tunesmith.plan.layouts import Layout  # noqa: E402
+from tunesmith.plan.links import Link  # noqa: E402
 from tunesmith.plan.loads import Work  # noqa: E402
 from tunesmith.plan.placed import Board, Placed  # noqa: E402
 from tunesmith.run.placing import pieces_of_run  # noqa: E402
 
-REACHED = 0.96  # of a token bucket's rate: fitted by benchmarks/links.py, on collectives alone
+FITTED_BYTES = 2**19  # the largest buffer of the collectives that a link is fitted on
 ROWS, MICRO_ROWS, STEPS = 8, 2, 8  # of a step, of a micro-batch; and steps, the first of which opens connections
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ddp": {"data": 2},
@@ -66,8 +67,10 @@ def main() -> None:
         told(f"alone: {alone['rows']} rows of {work.row_tokens} tokens in {alone['step_seconds']:.3f} s")
         rows = []
         for megabits in options.megabits:
+            link = fitted(list(measured(2, megabits, FITTED_BYTES)))[2]
+            told(f"{megabits} Mbit/s: {link.bytes_per_second * 8e-6:.2f} fitted, {1e3 * link.seconds:.1f} ms")
             for name in options.layouts:
-                rows.append(compared(folder, name, megabits, alone["step_seconds"], config, work))
+                rows.append(compared(folder, name, megabits, link, alone["step_seconds"], config, work))
                 told(line(rows[-1]))
     report(rows, options.json)
 
@@ -116,12 +119,12 @@ def tune(folder: Path, out: str, rows: int, layout: dict[str, Any], names: list[
 
 
 def compared(
-    folder: Path, name: str, megabits: int, alone_seconds: float, config: Config, work: Work
+    folder: Path, name: str, megabits: int, link: Link, alone_seconds: float, config: Config, work: Work
 ) -> dict[str, Any]:
     """A layout at one speed of its links, measured and predicted."""
     with namespaces(2, megabits) as names:
         found = tune(folder, f"{name}-{megabits}", ROWS, LAYOUTS[name], names)
-    planned = predicted(config, LAYOUTS[name], megabits, alone_seconds, work)
+    planned = predicted(config, LAYOUTS[name], link, alone_seconds, work)
     return {
         "layout": name,
         "megabits": megabits,
@@ -133,16 +136,16 @@ def compared(
     }
 
 
-def predicted(config: Config, layout: dict[str, Any], megabits: int, alone_seconds: float, work: Work) -> Placed:
+def predicted(config: Config, layout: dict[str, Any], link: Link, alone_seconds: float, work: Work) -> Placed:
     """The planner's step on two devices that compute as this machine does and are tied by such a link."""
     # gloo makes a reduce-scatter of a whole all-reduce (benchmarks/links.py)
     placed.links.reduce_scatter = lambda link, size, nbytes: 2 * links.all_gather(link, size, nbytes)  # type: ignore[assignment]
     pieces = pieces_of_run(config, "fp32")
     # one process with half of the rows takes what it was seen to take
-    once = place(Board(cluster(1, 1.0, megabits), pieces, Work(work.rows // 2, work.row_tokens), 1, 1, 1), {})
+    once = place(Board(cluster(1, 1.0, link), pieces, Work(work.rows // 2, work.row_tokens), 1, 1, 1), {})
     teraflops = once.seconds / alone_seconds
     sizes = [layout.get(key, 1) for key in ("tensor", "data", "pipeline")]
-    return place(Board(cluster(2, teraflops, megabits), pieces, work, *sizes), layout)
+    return place(Board(cluster(2, teraflops, link), pieces, work, *sizes), layout)
 
 
 def place(board: Board, layout: dict[str, Any]) -> Placed:
@@ -152,14 +155,12 @@ def place(board: Board, layout: dict[str, Any]) -> Placed:
     return found
 
 
-def cluster(count: int, teraflops: float, megabits: int) -> Cluster:
+def cluster(count: int, teraflops: float, link: Link) -> Cluster:
     """Nodes of one device each; memory is no limit."""
-    link = {"gb_per_second": megabits / 8000, "microseconds": 0}
+    section = {"gb_per_second": link.bytes_per_second / 1e9, "microseconds": 1e6 * link.seconds}
     device = {"name": "cpu", "tflops": teraflops, "memory_gb": 1000, "memory_gb_per_second": 1e6}
-    nodes = [{"device": {**device, "within": link, "between": link}, "devices": 1, "count": count}]
-    return Cluster(
-        ClusterSection.model_validate({"nodes": nodes, "compute_efficiency": 1.0, "link_efficiency": REACHED})
-    )
+    nodes = [{"device": {**device, "within": section, "between": section}, "devices": 1, "count": count}]
+    return Cluster(ClusterSection.model_validate({"nodes": nodes, "compute_efficiency": 1.0, "link_efficiency": 1.0}))
 
 
 def line(row: dict[str, Any]) -> str:
