@@ -4,8 +4,9 @@
 
 Two `tunesmith tune` of one small llama, each in a network namespace of its own (`benchmarks/links.py`). Computing is
 calibrated once: one process alone, with the rows that each of two has, whose fastest step says how many FLOPs a second
-the planner is given; a link is fitted on collectives alone. Its step with nothing hidden is compared with the fastest of the measured ones. The model is small
-and the links are slow, so that a busy machine tells something, too. Needs root and iproute2.
+the planner is given; a link is fitted on collectives alone. The planner's step with nothing hidden is compared with the
+fastest of the measured ones. The model is small and the links are slow, so that a busy machine tells something, too.
+Needs root and iproute2.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from tunesmith.plan.loads import Work  # noqa: E402
 from tunesmith.plan.placed import Board, Placed  # noqa: E402
 from tunesmith.run.placing import pieces_of_run  # noqa: E402
 
-FITTED_BYTES = 2**19  # the largest buffer of the collectives that a link is fitted on
+FITTED_BYTES = 2**20  # the largest buffer of the collectives that a link is fitted on
 ROWS, MICRO_ROWS, STEPS = 8, 2, 8  # of a step, of a micro-batch; and steps, the first of which opens connections
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ddp": {"data": 2},
