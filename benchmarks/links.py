@@ -35,12 +35,13 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--megabits", type=int, default=100)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--most", type=int, default=SIZES[-1], help="bytes of the largest buffer")
     parser.add_argument("--rank", type=int, nargs=2, help=argparse.SUPPRESS)  # a worker: its number, of how many
     options = parser.parse_args()
     if options.rank:
-        work(*options.rank)
+        work(*options.rank, options.most)
         return
-    rows = [row for ranks in options.ranks for row in measured(ranks, options.megabits)]
+    rows = [row for ranks in options.ranks for row in measured(ranks, options.megabits, options.most)]
     links = fitted(rows)
     for row in rows:
         steps, moved = expected(row["kind"], row["ranks"], row["bytes"])
@@ -91,14 +92,26 @@ def report(rows: list[dict[str, Any]], links: dict[int, Link], megabits: int, as
         print(f"\n{ranks} ranks: {rate}; median error {100 * middle:.1f} %, largest {100 * most:.1f} %")
 
 
-def measured(ranks: int, megabits: int) -> Iterator[dict[str, Any]]:
+def measured(ranks: int, megabits: int, most: int = SIZES[-1]) -> Iterator[dict[str, Any]]:
     """Seconds of every collective and size: the fastest turn, as others use the processors."""
     with namespaces(ranks, megabits) as names:
         environment = {**os.environ, "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29611", "GLOO_SOCKET_IFNAME": "eth0"}
         environment |= {"OMP_NUM_THREADS": "1"}
         processes = [
             subprocess.Popen(
-                ["ip", "netns", "exec", name, sys.executable, __file__, "--rank", str(rank), str(ranks)],
+                [
+                    "ip",
+                    "netns",
+                    "exec",
+                    name,
+                    sys.executable,
+                    __file__,
+                    "--rank",
+                    str(rank),
+                    str(ranks),
+                    "--most",
+                    str(most),
+                ],
                 env=environment,
                 stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
                 text=True,
@@ -148,7 +161,7 @@ def run(line: str) -> None:
     subprocess.run(line.split(), check=True)
 
 
-def work(rank: int, ranks: int) -> None:
+def work(rank: int, ranks: int, most: int) -> None:
     """A rank: does everything with the others; the first one tells the times."""
     import torch
     import torch.distributed as dist
@@ -159,7 +172,7 @@ def work(rank: int, ranks: int) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     traffic = Traffic(ranks)
     for kind in KINDS:
-        for number, nbytes in enumerate(SIZES):
+        for number, nbytes in enumerate(size for size in SIZES if size <= most):
             whole, part = torch.zeros(nbytes // 4), torch.zeros(nbytes // 4 // ranks)
             times, before = [], sent_bytes()
             for _ in range(TURNS + 1):

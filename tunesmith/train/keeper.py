@@ -90,7 +90,7 @@ class Keeper:
 
         A state that lies on the CPU and is large is no second time in its memory: it is written before this returns.
         """
-        self.finish()
+        self.go_on(wait=True)
         files = {
             WEIGHTS: self._parts({"": pieces}, kept=True),
             MOMENTS: self._parts(_kinds(optimizer.state()), self.memory, kept=True),
@@ -114,23 +114,22 @@ class Keeper:
 
         self._doing, self._next, self._step = self._thread.submit(write), publish, step
         if not behind:
-            self.finish()
+            self.go_on(wait=True)
 
-    def go_on(self) -> None:
-        """Between two steps: what can be done without waiting for the checkpoint that is being written."""
-        if self._doing is not None and not self.world.most(not self._doing.done()):
-            self._advance()
+    def go_on(self, wait: bool = False) -> None:
+        """Between two steps: does for the checkpoint that is being written what can be done now.
 
-    def finish(self) -> None:
-        """Waits until the checkpoint that is being written is on the disk. Raises ResourceError where it cannot be."""
-        while self._doing is not None:
+        Args:
+            wait: until it is on the disk. Raises ResourceError where it cannot be.
+        """
+        while self._doing is not None and (wait or not self.world.most(not self._doing.done())):
             self._advance()
 
     def close(self) -> None:
         """Leaves nothing half written behind, whatever has ended the run."""
         with suppress(ResourceError):  # that ends the run is told already
             if self.world.size == 1:  # several may not all be here
-                self.finish()
+                self.go_on(wait=True)
         self._thread.shutdown()
         if self._draft is not None:
             self.checkpoints.discard(self._draft)

@@ -88,10 +88,8 @@ def train(
     run.examiner = Examiner(evaluate, evaluate_every, run.layout, run.cuda_devices)
     run.observers, run.collate, run.sample = list(observers), collate or to_batch, sample
     with ExitStack() as stack:
-        stack.enter_context(closing(run.precision))
-        stack.enter_context(closing(run.layout))
-        stack.enter_context(closing(run.offload))
-        stack.enter_context(closing(run.keeper))
+        for closed in (run.precision, run.layout, run.offload, run.keeper):
+            stack.enter_context(closing(closed))
         # the caller's random state is his own
         stack.enter_context(torch.random.fork_rng(devices=run.cuda_devices))
         run.begin(resume)
@@ -211,7 +209,6 @@ class _Run:
             self._after(record, self._reason(is_last))
             if self.state.reason:
                 return
-            self.keeper.go_on()
         raise DataError("there are no rows to train on", where="data.train")
 
     def _step(self, step: Step) -> Record:
@@ -283,7 +280,7 @@ class _Run:
         self.layout.passed()
 
     def _diverged(self, error: DivergedError, step: int) -> DivergedError:
-        self.keeper.finish()
+        self.keeper.go_on(wait=True)
         step_saved, checkpoints = self.keeper.saved_step, self.keeper.checkpoints
         kept = f"the last checkpoint is {checkpoints.path(step_saved)}" if step_saved >= 0 else "nothing was saved yet"
         hint = f"lower train.lr, or look at these rows; {kept}"
@@ -313,7 +310,7 @@ class _Run:
             if metrics is None:
                 self._asked()
                 self._save(pending=record, reason=reason)
-                self.keeper.finish()
+                self.keeper.go_on(wait=True)
                 raise self.signals.stopped(state.step)
             is_best, reason = self._judged(metrics, reason)
             record = {**record, **{f"eval_{name}": value for name, value in metrics.items()}}
@@ -323,8 +320,7 @@ class _Run:
         asked = self._asked()
         if reason or is_best or state.step % self.settings.save_every == 0 or asked:
             self._save()
-        if reason or asked:
-            self.keeper.finish()
+        self.keeper.go_on(wait=bool(reason or asked))
         if asked:
             raise self.signals.stopped(state.step)
 
@@ -383,9 +379,7 @@ class _Run:
     def take_best(self) -> None:
         """Makes the best weights the result, when there is a metric that says which these are."""
         best = self.state.best_step
-        if best is None or best == self.state.step:
-            return
-        if not self.keeper.holds(best):
+        if best is None or best == self.state.step or not self.keeper.holds(best):
             return
         self.keeper.read_weights(self.pieces)
         self.layout.publish(self.precision, self.pieces)
