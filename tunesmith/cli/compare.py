@@ -47,13 +47,13 @@ def compare(
     import_: Annotated[str | None, typer.Option("--import", help="Comparisons that others have made.")] = None,
     export: Annotated[str | None, typer.Option("--export", help="Write judgements as rows, and stop.")] = None,
     form: Annotated[str | None, typer.Option("--as", help="Rows of --export: preference or ranking.")] = None,
-    annotators: Annotated[str, typer.Option("--annotators", help="As in ann,bob,carol:author.")] = "you",
+    annotators: Annotated[str | None, typer.Option("--annotators", help="As in ann,bob,carol:author.")] = None,
     overlap: Annotated[int | None, typer.Option("--overlap", min=1, help="Annotators that judge each prompt.")] = None,
     rubric: Annotated[str | None, typer.Option("--rubric", help="Criteria to score from 1 to 5, with commas.")] = None,
     host: Annotated[str, typer.Option("--host", help="Another address needs a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8321,
     url: Annotated[str | None, typer.Option("--url", help="What people open, where it is not the address.")] = None,
-    serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Open the page when answers are there.")] = True,
+    no_serve: Annotated[bool, typer.Option("--no-serve", help="Stop when answers are there.")] = False,
     database: Database = None,
     as_json: Json = False,
 ) -> None:
@@ -73,7 +73,7 @@ def compare(
     from tunesmith.compare.serving import Address
 
     address = Address(host, port, url)
-    ends = export is not None or not serve
+    ends = export is not None or no_serve
     key = None if ends else _key(address)
     check_writable(folder)
     from tunesmith.core.files import FolderLock
@@ -214,7 +214,9 @@ def _export(store: Store, path: Path, form: str | None, as_json: bool) -> None:
     _say(f"{path}: {count} rows of the format {chosen}{f'; left out: {told}' if told else ''}")
 
 
-def _serve(store: Store, folder: Path, address: Address, key: str | None, annotators: str, as_json: bool) -> None:
+def _serve(
+    store: Store, folder: Path, address: Address, key: str | None, annotators: str | None, as_json: bool
+) -> None:
     from tunesmith.compare.app import Page
     from tunesmith.compare.links import open_links
     from tunesmith.compare.serving import serve
@@ -226,7 +228,8 @@ def _serve(store: Store, folder: Path, address: Address, key: str | None, annota
         raise ConfigError(
             "no prompt has two answers to compare", where=str(folder), hint="name two models, or --samples 2"
         )
-    for told in _names(annotators):
+    there = [name for name, group in store.annotators() if group not in APART]
+    for told in _names(annotators or ("" if there else "you")):
         name, _, group = told.partition(":")
         store.add_annotator(name, group or "crowd")
     people = [name for name, group in store.annotators() if group not in APART]
@@ -235,19 +238,20 @@ def _serve(store: Store, folder: Path, address: Address, key: str | None, annota
     number = opened.getsockname()[1]
     base = address.base(number)
     page = Page(comparison.open_turns(store), links, comparison.Live(store, str(folder)))
-    opened.listen(128)
-    if as_json:
-        from tunesmith.cli.main import print_json
+    by_name = {name: links.annotator(base, name) for name in people}
 
-        by_name = {name: links.annotator(base, name) for name in people}
-        print_json({"annotators": by_name, "statistics": links.statistics(base)})
-    else:
-        _say(f"{len(items)} prompts to judge; each link is a key, give each to one person; Ctrl-C ends")
-        for name in people:
-            typer.echo(f"{name}  {links.annotator(base, name)}")
-        typer.echo(f"statistics  {links.statistics(base)}")
-    sys.stdout.flush()
-    serve(page.app(address.origins(number)), opened)
+    def ready() -> None:
+        if as_json:
+            from tunesmith.cli.main import print_json
+
+            print_json({"annotators": by_name, "statistics": links.statistics(base)})
+        else:
+            _say(f"{len(items)} prompts to judge; each link is a key, give each to one person; Ctrl-C ends")
+            for name, link in (*by_name.items(), ("statistics", links.statistics(base))):
+                typer.echo(f"{name}  {link}")
+        sys.stdout.flush()
+
+    serve(page.app(address.origins(number)), opened, ready)
 
 
 def _names(text: str) -> list[str]:
