@@ -231,7 +231,7 @@ def _serve(
     there = [name for name, group in store.annotators() if group not in APART]
     for told in _names(annotators or ("" if there else "you")):
         name, _, group = told.partition(":")
-        store.add_annotator(name, group or "crowd")
+        store.add_annotator(name, group or None)
     people = [name for name, group in store.annotators() if group not in APART]
     links = open_links(folder, key)
     opened = address.open()
