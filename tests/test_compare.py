@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -265,6 +267,23 @@ def test_imported_comparisons_come_out_as_rows_and_importing_again_adds_nothing(
     assert told["code"] == 0
     assert "2 judgements of 2 prompts by 1 annotators" in told["out"]
     assert "chosen against rejected" in (folder / "report.html").read_text()
+
+
+def test_a_report_of_a_run_is_its_page_and_neither_report_needs_torch(tmp_path: Path) -> None:
+    """In a process of its own. Kills: a database asked for a run's page, a model's libraries to look at figures."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    filled(tmp_path / "c", 1)
+    code = (
+        "import sys; from fault_cases import run_here\n"
+        "for folder in sys.argv[1:]: found = run_here(f'report {folder}'); print(found['code'], found['heavy'])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run"), str(tmp_path / "c")]
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+    assert done.stdout.splitlines() == ["0 []", "0 []"], done.stderr
+    assert (tmp_path / "run" / "report.html").exists()
+    assert "0 judgements of 0 prompts" in (tmp_path / "c" / "report.html").read_text()
 
 
 # answers
