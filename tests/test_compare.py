@@ -379,6 +379,8 @@ def test_a_model_behind_a_server_is_asked(tmp_path: Path, monkeypatch: pytest.Mo
         ("compare x --export y --as pairs", 2, "neither preference nor ranking"),
         ("compare nothing-here x --prompts p.jsonl", 4, "nothing-here"),
         ("compare --import missing.jsonl", 3, "not found"),
+        ("compare --import p.jsonl", 3, "of no kind of comparison"),
+        ("compare a b --prompts p.jsonl --out p.jsonl/x", 5, "a file is in the way"),
         ("report nothing-here", 2, "no such run folder"),
     ],
 )
@@ -390,6 +392,7 @@ def test_what_cannot_be_compared_is_told(
     done = run_here(words)
     assert done["code"] == code
     assert told in done["err"]
+    assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
 
 
 # verdicts

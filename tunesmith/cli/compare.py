@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,7 @@ from tunesmith.core.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from tunesmith.compare.serving import Address
     from tunesmith.compare.store import Store
+    from tunesmith.run.comparison import Writer
 
 FORMS = ("preference", "ranking")
 Database = Annotated[
@@ -76,6 +77,9 @@ def compare(
     ends = export is not None or no_serve
     key = None if ends else _key(address)
     check_writable(folder)
+    sampling = comparison.Sampling(samples, max_tokens, temperature, seed, template)
+    filling = comparison.Filling(sources, prompts, rows, import_, sampling)
+    judges = comparison.open_writers([judge] if judge else [], template)
     from tunesmith.core.files import FolderLock
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,12 +88,11 @@ def compare(
         return
     with FolderLock(folder):
         store = comparison.open_store(folder, database)
-        sampling = comparison.Sampling(samples, max_tokens, temperature, seed, template)
-        _fill(store, sources, prompts, rows, import_, sampling)
+        filling.put(store)
         changed = {"overlap": overlap, "rubric": None if rubric is None else _names(rubric)}
         store.set({name: value for name, value in changed.items() if value is not None})
-        if judge is not None:
-            _judge(store, judge, template)
+        for name, write in judges.items():
+            _judge(store, name, write)
         if ends:
             _say(f"{folder}: `tunesmith compare {folder}` opens it, `tunesmith report {folder}` shows what was judged")
             return
@@ -171,33 +174,11 @@ def _key(address: Address) -> str | None:
     return key
 
 
-def _fill(
-    store: Store, sources: list[str], prompts: str | None, rows: int | None, import_: str | None, sampling: Any
-) -> None:
-    """Prompts and answers: those of a file, and what models write."""
-    from dataclasses import asdict
-
-    from tunesmith.run import comparison
-
-    if import_ is not None:
-        counts = comparison.import_rows(store, import_)
-        _say(f"{import_}: {counts[0]} prompts, {counts[1]} judgements")
-    if prompts is None:
-        return
-    from tunesmith.compare.asked import read_prompts
-
-    writers = comparison.open_writers(sources, sampling.template)
-    found = read_prompts(prompts, rows)
-    store.begin(asdict(sampling))
-    store.add_prompts(found)
-    comparison.sample(store, writers, sampling)
-
-
-def _judge(store: Store, source: str, template: str) -> None:
-    from tunesmith.run import comparison
+def _judge(store: Store, source: str, write: Writer) -> None:
+    from tunesmith.run.comparison import open_turns
     from tunesmith.run.model_judge import judge
 
-    done = judge(store, comparison.open_turns(store), source, comparison.open_writers([source], template)[source])
+    done = judge(store, open_turns(store), source, write)
     same = f"{done.consistent} of {done.pairs} pairs the same in both orders"
     _say(f"{source}: judged {done.prompts} prompts; {same}, {done.unreadable} without a verdict")
 

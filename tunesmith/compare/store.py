@@ -103,7 +103,7 @@ class Store:
             f"{key} is {found[key]!r}, not {value!r}" for key, value in wanted.items() if found.get(key, value) != value
         ]
         if changed:
-            hint = "leave the options out to go on with it, or begin another with --out"
+            hint = "say the same as then to go on with it, or begin another with --out"
             raise ConfigError(f"this comparison was begun with other settings: {'; '.join(changed)}", hint=hint)
         self.set(wanted)
 
