@@ -154,6 +154,23 @@ def test_strengths_are_those_of_a_search_for_the_likeliest() -> None:
     assert found.ties == pytest.approx(math.exp(free[4].item()), abs=1e-5)
 
 
+@pytest.mark.parametrize("pairs", [60, 700, 20_000])
+def test_strengths_are_found_however_many_pairs_there_are(pairs: int) -> None:
+    """Kills: steps along the direction that changes nothing: rounding makes them, and more pairs make them longer."""
+    draw = random.Random(pairs)
+    strong = {"base": 0.0, "larger": 1.5, "tuned": 1.1}
+    outcomes = []
+    for prompt in range(pairs):
+        one, other = draw.sample(sorted(strong), 2)
+        p, q = math.exp(strong[one]), math.exp(strong[other])
+        outcomes.append((prompt, one, other, draw.choices((1, 0, -1), (p, 0.5 * math.sqrt(p * q), q))[0]))
+    found = davidson(outcomes)
+    assert found is not None
+    assert abs(found.log_strength.sum()) < 1e-9
+    gap = found.log_strength[1] - found.log_strength[0]
+    assert gap == pytest.approx(1.5, abs=12 / math.sqrt(pairs))
+
+
 def test_no_strengths_are_told_where_none_are_the_likeliest() -> None:
     """Kills: a number that only says where the search stopped."""
     always = [(place, "A", "B", 1) for place in range(9)]
@@ -161,6 +178,8 @@ def test_no_strengths_are_told_where_none_are_the_likeliest() -> None:
     assert davidson([*always, (10, "A", "B", 0)]) is None
     assert davidson([(place, "A", "B", 0) for place in range(9)]) is None
     assert davidson([*always, (10, "A", "B", -1)]) is not None
+    apart = [(place, *two, result) for place in range(9) for two in (("A", "B"), ("C", "D")) for result in (1, 0, -1)]
+    assert davidson(apart) is None  # type: ignore[arg-type]
 
 
 # shares and biases

@@ -134,7 +134,7 @@ def test_answers_are_shown_without_their_authors(page: Served) -> None:
         assert sorted(map(str, turn["answers"])) == [
             str([["p", [f"Answer of {one} to {turn['item']}"]]]) for one in "AB"
         ]
-        sides.add(str(turn["answers"][0]).split()[2])
+        sides.add(str(turn["answers"][0]).split()[3])
         ask(page.links["ann"] + "judge", judgement(turn["item"], [1, 1]))
     assert len(sides) == 2
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,7 @@ from tunesmith.core.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from tunesmith.compare.serving import Address
     from tunesmith.compare.store import Store
+    from tunesmith.run.comparison import Writer
 
 FORMS = ("preference", "ranking")
 Database = Annotated[
@@ -47,13 +48,13 @@ def compare(
     import_: Annotated[str | None, typer.Option("--import", help="Comparisons that others have made.")] = None,
     export: Annotated[str | None, typer.Option("--export", help="Write judgements as rows, and stop.")] = None,
     form: Annotated[str | None, typer.Option("--as", help="Rows of --export: preference or ranking.")] = None,
-    annotators: Annotated[str, typer.Option("--annotators", help="As in ann,bob,carol:author.")] = "you",
+    annotators: Annotated[str | None, typer.Option("--annotators", help="As in ann,bob,carol:author.")] = None,
     overlap: Annotated[int | None, typer.Option("--overlap", min=1, help="Annotators that judge each prompt.")] = None,
     rubric: Annotated[str | None, typer.Option("--rubric", help="Criteria to score from 1 to 5, with commas.")] = None,
     host: Annotated[str, typer.Option("--host", help="Another address needs a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8321,
     url: Annotated[str | None, typer.Option("--url", help="What people open, where it is not the address.")] = None,
-    serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Open the page when answers are there.")] = True,
+    no_serve: Annotated[bool, typer.Option("--no-serve", help="Stop when answers are there.")] = False,
     database: Database = None,
     as_json: Json = False,
 ) -> None:
@@ -73,9 +74,12 @@ def compare(
     from tunesmith.compare.serving import Address
 
     address = Address(host, port, url)
-    ends = export is not None or not serve
+    ends = export is not None or no_serve
     key = None if ends else _key(address)
     check_writable(folder)
+    sampling = comparison.Sampling(samples, max_tokens, temperature, seed, template)
+    filling = comparison.Filling(sources, prompts, rows, import_, sampling)
+    judges = comparison.open_writers([judge] if judge else [], template)
     from tunesmith.core.files import FolderLock
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,12 +88,11 @@ def compare(
         return
     with FolderLock(folder):
         store = comparison.open_store(folder, database)
-        sampling = comparison.Sampling(samples, max_tokens, temperature, seed, template)
-        _fill(store, sources, prompts, rows, import_, sampling)
+        filling.put(store)
         changed = {"overlap": overlap, "rubric": None if rubric is None else _names(rubric)}
         store.set({name: value for name, value in changed.items() if value is not None})
-        if judge is not None:
-            _judge(store, judge, template)
+        for name, write in judges.items():
+            _judge(store, name, write)
         if ends:
             _say(f"{folder}: `tunesmith compare {folder}` opens it, `tunesmith report {folder}` shows what was judged")
             return
@@ -171,33 +174,11 @@ def _key(address: Address) -> str | None:
     return key
 
 
-def _fill(
-    store: Store, sources: list[str], prompts: str | None, rows: int | None, import_: str | None, sampling: Any
-) -> None:
-    """Prompts and answers: those of a file, and what models write."""
-    from dataclasses import asdict
-
-    from tunesmith.run import comparison
-
-    if import_ is not None:
-        counts = comparison.import_rows(store, import_)
-        _say(f"{import_}: {counts[0]} prompts, {counts[1]} judgements")
-    if prompts is None:
-        return
-    from tunesmith.compare.asked import read_prompts
-
-    writers = comparison.open_writers(sources, sampling.template)
-    found = read_prompts(prompts, rows)
-    store.begin(asdict(sampling))
-    store.add_prompts(found)
-    comparison.sample(store, writers, sampling)
-
-
-def _judge(store: Store, source: str, template: str) -> None:
-    from tunesmith.run import comparison
+def _judge(store: Store, source: str, write: Writer) -> None:
+    from tunesmith.run.comparison import open_turns
     from tunesmith.run.model_judge import judge
 
-    done = judge(store, comparison.open_turns(store), source, comparison.open_writers([source], template)[source])
+    done = judge(store, open_turns(store), source, write)
     same = f"{done.consistent} of {done.pairs} pairs the same in both orders"
     _say(f"{source}: judged {done.prompts} prompts; {same}, {done.unreadable} without a verdict")
 
@@ -214,7 +195,9 @@ def _export(store: Store, path: Path, form: str | None, as_json: bool) -> None:
     _say(f"{path}: {count} rows of the format {chosen}{f'; left out: {told}' if told else ''}")
 
 
-def _serve(store: Store, folder: Path, address: Address, key: str | None, annotators: str, as_json: bool) -> None:
+def _serve(
+    store: Store, folder: Path, address: Address, key: str | None, annotators: str | None, as_json: bool
+) -> None:
     from tunesmith.compare.app import Page
     from tunesmith.compare.links import open_links
     from tunesmith.compare.serving import serve
@@ -226,28 +209,30 @@ def _serve(store: Store, folder: Path, address: Address, key: str | None, annota
         raise ConfigError(
             "no prompt has two answers to compare", where=str(folder), hint="name two models, or --samples 2"
         )
-    for told in _names(annotators):
+    there = [name for name, group in store.annotators() if group not in APART]
+    for told in _names(annotators or ("" if there else "you")):
         name, _, group = told.partition(":")
-        store.add_annotator(name, group or "crowd")
+        store.add_annotator(name, group or None)
     people = [name for name, group in store.annotators() if group not in APART]
     links = open_links(folder, key)
     opened = address.open()
     number = opened.getsockname()[1]
     base = address.base(number)
     page = Page(comparison.open_turns(store), links, comparison.Live(store, str(folder)))
-    opened.listen(128)
-    if as_json:
-        from tunesmith.cli.main import print_json
+    by_name = {name: links.annotator(base, name) for name in people}
 
-        by_name = {name: links.annotator(base, name) for name in people}
-        print_json({"annotators": by_name, "statistics": links.statistics(base)})
-    else:
-        _say(f"{len(items)} prompts to judge; each link is a key, give each to one person; Ctrl-C ends")
-        for name in people:
-            typer.echo(f"{name}  {links.annotator(base, name)}")
-        typer.echo(f"statistics  {links.statistics(base)}")
-    sys.stdout.flush()
-    serve(page.app(address.origins(number)), opened)
+    def ready() -> None:
+        if as_json:
+            from tunesmith.cli.main import print_json
+
+            print_json({"annotators": by_name, "statistics": links.statistics(base)})
+        else:
+            _say(f"{len(items)} prompts to judge; each link is a key, give each to one person; Ctrl-C ends")
+            for name, link in (*by_name.items(), ("statistics", links.statistics(base))):
+                typer.echo(f"{name}  {link}")
+        sys.stdout.flush()
+
+    serve(page.app(address.origins(number)), opened, ready)
 
 
 def _names(text: str) -> list[str]:

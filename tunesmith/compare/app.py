@@ -74,7 +74,7 @@ class Page:
             return _nothing()
         try:
             body = strict_loads((await request.body()).decode())
-            turn = await run_in_threadpool(self._turn, name, act, body)
+            return JSONResponse(await run_in_threadpool(self._turn, name, act, body))
         except Refused as refused:
             return JSONResponse({"error": refused.message}, 409 if isinstance(refused, Conflict) else 400)
         except ValidationError as error:
@@ -82,15 +82,15 @@ class Page:
             return JSONResponse({"error": f"{'.'.join(map(str, first['loc']))}: {first['msg']}"}, 400)
         except ValueError:
             return JSONResponse({"error": "not JSON in UTF-8"}, 400)
-        return JSONResponse(_told(turn, self.turns.rubric))
 
-    def _turn(self, name: str, act: str, body: Any) -> Turn:
+    def _turn(self, name: str, act: str, body: Any) -> dict[str, Any]:
         if act == "judge":
             self.turns.judge(name, Sent.model_validate(body))
         elif act == "undo":
             undo = Undo.model_validate(body)
             self.turns.undo(name, undo.client, undo.judgement)
-        return self.turns.next(name)
+        # here, not in the loop that serves everyone: long answers take a while to be read as Markdown
+        return _told(self.turns.next(name), self.turns.rubric)
 
     async def figures(self, request: Request) -> Response:
         """The statistics."""

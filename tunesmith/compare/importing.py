@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
 
 from tunesmith.compare.incoming import Incoming, incoming
 from tunesmith.compare.store import IMPORTED, NAME, Store, Written
 from tunesmith.compare.turns import Sent, Turns
 from tunesmith.core.errors import Problems, TunesmithError
-from tunesmith.data.lines import RawRow
+from tunesmith.data.sources import open_source
 
 
-def add_rows(store: Store, rows: Iterable[RawRow]) -> tuple[int, int]:
-    """Adds rows; gives how many prompts and judgements they hold. Nothing is added where a row is wrong.
-
-    Raises DataError listing the rows that are wrong.
-    """
-    problems, found = Problems(), []
-    for row in rows:
+def read_rows(source: str) -> list[Incoming]:
+    """The comparisons of a file. Raises DataError listing the rows that are wrong, ResourceError."""
+    opened, problems = open_source(source), Problems()
+    found: list[Incoming] = []
+    for place in range(len(opened)):
         try:
+            row = opened[place]
             found.append(incoming(row.data, row.where))
         except TunesmithError as error:
             problems.add(error)
     problems.raise_if_any()
+    return found
+
+
+def add_rows(store: Store, found: list[Incoming]) -> tuple[int, int]:
+    """Adds comparisons; gives how many prompts and judgements they hold."""
     numbers = store.add_prompts([one.messages for one in found])
     written: list[Written] = []
     for number, one in zip(numbers, found, strict=True):

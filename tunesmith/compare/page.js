@@ -75,8 +75,7 @@ async function send(path, body) {
 
 async function refused(found) {
   state(found.error, true);
-  if (found.status !== 409) return;
-  const next = await post("next", {}); // it was judged elsewhere
+  const next = await post("next", {}); // it was judged elsewhere, or its answers are others by now
   if (next.turn) show(next.turn);
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import signal
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 CONNECTIONS = 512
+BACKLOG = 128
 HEADER_BYTES = 16 * 1024
 
 
@@ -88,8 +90,12 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def serve(app: ASGIApp, opened: socket.socket) -> None:
-    """Serves until a signal; then finishes what is being answered and raises Stopped."""
+def serve(app: ASGIApp, opened: socket.socket, ready: Callable[[], None]) -> None:
+    """Serves until a signal; then finishes what is being answered and raises Stopped.
+
+    Args:
+        ready: called when a signal would already end it as it should.
+    """
     import uvicorn
 
     config = uvicorn.Config(
@@ -112,6 +118,10 @@ def serve(app: ASGIApp, opened: socket.socket) -> None:
         server.should_exit = True
 
     server.handle_exit = leave  # type: ignore[method-assign]  # its own raises the signal again at the end
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
+    opened.listen(BACKLOG)
+    ready()
     server.run(sockets=[opened])
     code = TERMINATED if signal.SIGTERM in caught else INTERRUPTED
     raise Stopped("stopped; every judgement that was acknowledged is kept", exit_code=code)

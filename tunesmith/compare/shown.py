@@ -42,7 +42,7 @@ def _parser() -> MarkdownIt:
 
 
 def _inside(node: SyntaxTreeNode) -> list[Shown]:
-    return [piece for child in node.children for piece in _pieces(child)]
+    return [piece for child in node.children for piece in _pieces(child) if piece != ""]
 
 
 def _pieces(node: SyntaxTreeNode) -> list[Shown]:

@@ -21,7 +21,7 @@ from tunesmith.core.files import canonical_json
 from tunesmith.core.judged import Judged
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-IMPORTED, MODEL = "imported", "model"
+CROWD, IMPORTED, MODEL = "crowd", "imported", "model"
 APART = (IMPORTED, MODEL)  # groups whose judgements people's do not wait for
 # judgements that stand: those that no row takes back
 STANDING = judgements.c.id.not_in(select(undone.c.judgement))
@@ -103,7 +103,7 @@ class Store:
             f"{key} is {found[key]!r}, not {value!r}" for key, value in wanted.items() if found.get(key, value) != value
         ]
         if changed:
-            hint = "leave the options out to go on with it, or begin another with --out"
+            hint = "say the same as then to go on with it, or begin another with --out"
             raise ConfigError(f"this comparison was begun with other settings: {'; '.join(changed)}", hint=hint)
         self.set(wanted)
 
@@ -147,17 +147,20 @@ class Store:
 
     # people
 
-    def add_annotator(self, name: str, group: str = "crowd") -> None:
-        """Adds a person or a model. Raises ConfigError for a name that is none, or is in another group."""
-        for word in (name, group):
+    def add_annotator(self, name: str, group: str | None = None) -> None:
+        """Adds a person or a model, to `crowd` where no group is said.
+
+        Raises ConfigError for a name that is none, or of somebody who is in another group.
+        """
+        for word in (name, group or CROWD):
             if not NAME.fullmatch(word):
                 hint = "names are up to 64 letters, digits, dots, dashes and underscores"
                 raise ConfigError(f"{word!r} is no name", where="--annotators", hint=hint)
         with self.writing() as connection:
             row = connection.execute(select(annotators).where(annotators.c.name == name)).first()
             if row is None:
-                connection.execute(insert(annotators).values(name=name, group=group))
-            elif row.group != group:
+                connection.execute(insert(annotators).values(name=name, group=group or CROWD))
+            elif group not in (None, row.group):
                 raise ConfigError(f"{name} is in the group {row.group}, not {group}", where="--annotators")
 
     def annotators(self) -> list[tuple[str, str]]:

@@ -38,10 +38,11 @@ def comparison_table(found: dict[str, Any]) -> RenderableType:
         for row in found["strengths"]["elo"]:
             elo.add_row(Text(row["system"]), f"{row['value']:.0f} {row['low']:.0f}..{row['high']:.0f}")
         parts += [Text(), elo]
-    measured = table("over all", "")
-    for told, value in summary(found):
-        measured.add_row(told, value)
-    parts += [Text(), measured]
+    if rows := summary(found):
+        measured = table("over all", "")
+        for told, value in rows:
+            measured.add_row(told, value)
+        parts += [Text(), measured]
     people = table("annotator", "group", "judged", "skipped", "ties", "seconds", "with the others", "first shown wins")
     for row in found["annotators"]:
         people.add_row(

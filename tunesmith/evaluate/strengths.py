@@ -62,12 +62,12 @@ def davidson(outcomes: Sequence[tuple[int, str, str, int]]) -> Strengths | None:
     design, chosen = _design(outcomes, systems)
     if all(result != 0 for *_, result in outcomes):
         design, chosen = np.delete(design[:, [0, 2]], -1, axis=2), chosen // 2
-    fitted = _newton(design, chosen)
+    fitted = _newton(design, chosen, len(systems))
     if fitted is None or np.abs(fitted[0][: len(systems)]).max() > _FARTHEST:
         return None
     parameters, gradients, information = fitted
     prompts = np.array([prompt for prompt, *_ in outcomes])
-    inverse = np.linalg.pinv(information, hermitian=True)
+    inverse = np.linalg.inv(information)
     each = np.stack([gradients[prompts == prompt].sum(0) for prompt in np.unique(prompts)])
     count = len(systems)
     covariance = (inverse @ (each.T @ each) @ inverse)[:count, :count]
@@ -89,12 +89,15 @@ def _design(outcomes: Sequence[tuple[int, str, str, int]], systems: tuple[str, .
     return design, np.array([1 - result for *_, result in outcomes])
 
 
-def _newton(design: Floats, chosen: Floats) -> tuple[Floats, Floats, Floats] | None:
+def _newton(design: Floats, chosen: Floats, systems: int) -> tuple[Floats, Floats, Floats] | None:
     """Parameters [k], gradients [outcomes, k] and information [k, k] at the maximum; None where it is not reached."""
     import numpy as np
 
     parameters = np.zeros(design.shape[2])
     happened = design[np.arange(len(design)), chosen]
+    shift = np.zeros(len(parameters))
+    shift[:systems] = 1.0
+    all_alike = np.outer(shift, shift)
     for _ in range(60):
         logits = design @ parameters
         chance = np.exp(logits - logits.max(1, keepdims=True))
@@ -102,7 +105,10 @@ def _newton(design: Floats, chosen: Floats) -> tuple[Floats, Floats, Floats] | N
         expected = (chance[:, :, None] * design).sum(1)
         gradients = happened - expected
         information = np.einsum("no,nok,nol->kl", chance, design, design) - expected.T @ expected
-        step = np.linalg.pinv(information, hermitian=True) @ gradients.sum(0)
+        information += all_alike  # all stronger alike changes nothing: of all maxima the one with mean 0
+        if np.linalg.matrix_rank(information, hermitian=True) < len(parameters):
+            return None  # some systems have never met the others, not even over third ones
+        step = np.linalg.solve(information, gradients.sum(0))
         if np.abs(step).max() < 1e-9:
             return parameters, gradients, information
         parameters += step * min(1.0, 2.0 / np.abs(step).max())  # not farther than seven times as strong at once

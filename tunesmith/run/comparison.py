@@ -7,15 +7,18 @@ Sampling goes on where it stopped, with the answers that it would have written a
 from __future__ import annotations
 
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from tunesmith.compare.asked import read_prompts
 from tunesmith.compare.endpoint import Endpoint
+from tunesmith.compare.importing import add_rows, read_rows
 from tunesmith.compare.store import Item, Messages, Store, Written
 from tunesmith.compare.tables import connect
 from tunesmith.compare.turns import Turns
@@ -46,6 +49,36 @@ class Writer(Protocol):
     def __call__(
         self, asked: Sequence[Messages], *, max_tokens: int, temperature: float, seed: int, progress: Progress
     ) -> list[str]: ...
+
+
+class Filling:
+    """What is to be put into a comparison: read, and looked at, before anything is written.
+
+    Args:
+        sources: who answers the prompts.
+        prompts, rows: where they are, and at most how many.
+        imported: a file of comparisons.
+
+    Raises: ConfigError, DataError, ModelError.
+    """
+
+    def __init__(
+        self, sources: Sequence[str], prompts: str | None, rows: int | None, imported: str | None, sampling: Sampling
+    ) -> None:
+        self.sampling, self.imported = sampling, imported
+        self.rows = read_rows(imported) if imported is not None else []
+        self.writers = open_writers(sources, sampling.template)
+        self.prompts = read_prompts(prompts, rows) if prompts is not None else []
+
+    def put(self, store: Store) -> None:
+        """Adds the rows, has the prompts answered. Raises ConfigError where it was begun with other settings."""
+        if self.imported is not None:
+            prompts, judgements = add_rows(store, self.rows)
+            print(f"{self.imported}: {prompts} prompts, {judgements} judgements", file=sys.stderr)
+        if self.prompts:
+            store.begin(asdict(self.sampling))
+            store.add_prompts(self.prompts)
+            sample(store, self.writers, self.sampling)
 
 
 def is_comparison(folder: Path | str) -> bool:
@@ -188,15 +221,6 @@ class Live:
 
 
 # in and out
-
-
-def import_rows(store: Store, source: str) -> tuple[int, int]:
-    """Adds the comparisons of a file; gives how many prompts and judgements it holds. Raises DataError."""
-    from tunesmith.compare.importing import add_rows
-    from tunesmith.data.sources import open_source
-
-    opened = open_source(source)
-    return add_rows(store, (opened[place] for place in range(len(opened))))
 
 
 def export_rows(store: Store, path: Path, form: str | None) -> tuple[int, str, dict[str, int]]:
