@@ -123,8 +123,8 @@ def test_the_amount_of_data_is_put_beside_the_rule_with_its_source():
     assert found.optimal_tokens == 14 * 10**11
     assert found.as_dict()["petaflops_days"] == 1.0
     assert "Hoffmann" in show_need(found.as_dict())[1]
-    assert "under that" in show_need(found.as_dict())[1]
-    assert "over the" in show_need(need(tokens=70 * 21, set_tokens=70 * 21).as_dict())[1]
+    assert "under the 20" in show_need(found.as_dict())[1]
+    assert "over the 20" in show_need(need(tokens=70 * 21, set_tokens=70 * 21).as_dict())[1]
 
 
 def test_reading_a_small_set_often_is_warned_of():

@@ -85,7 +85,7 @@ def _plan(config: Config, size: str, html: str, as_json: bool) -> None:
     if html:
         from tunesmith.run.plan_page import write_page
 
-        write_page(html, config, made)
+        write_page(html, prepared, found, made)
     if as_json:
         _print_json(made)
         return

@@ -175,6 +175,8 @@ def results(config: Settings) -> list[Change]:
 def show_fit(fitted: dict[str, Any]) -> list[str]:
     """Lines for people, of `Fitted.as_dict()`."""
     needed, room = in_bytes(fitted["needed_bytes"]), in_bytes(fitted["room_bytes"])
+    if needed == room:
+        needed, room = (f"{fitted[name] / 1e6:,.0f} MB" for name in ("needed_bytes", "room_bytes"))
     if fitted["fits"]:
         return [f"needs {needed}: fits into {room}"]
     lines = [f"needs {needed}: does not fit into {room}"]

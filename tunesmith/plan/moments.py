@@ -36,6 +36,15 @@ class Moment:
     def peak_bytes(self) -> int:
         return max(sum(self.forward.values()), sum(self.backward.values()))
 
+    def line(self) -> tuple[Parts, ...]:
+        """Bytes by part while it runs: forward, then backward."""
+        # gradients of an earlier micro-batch are there all along; else they come one by one
+        before = self.forward["gradients"]
+        return tuple(
+            {**self.forward, "gradients": before or finished, "activations": activations}
+            for activations, finished in self.traced.line
+        )
+
 
 @dataclass(frozen=True)
 class Moments:
