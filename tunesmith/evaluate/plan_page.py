@@ -11,7 +11,7 @@ from tunesmith.evaluate.report import render_page
 
 PARTS = ("weights", "master", "optimizer", "gradients", "activations")
 _TITLES = {"master": "master weights", "optimizer": "optimizer state"}
-_WIDTH = 12  # places of the picture for a phase in which nothing moves
+_WIDTH = 45  # places of the picture for a phase in which nothing moves
 Parts = Mapping[str, int]
 
 
@@ -49,7 +49,7 @@ def plan_page(title: str, plan: dict[str, Any], line: Sequence[Parts], layouts: 
 def _timeline(phases: Mapping[str, Parts], line: Sequence[Parts], shown: Sequence[str]) -> Any:
     """Load, one micro-batch with its operations one after another, the step, and what comes between steps."""
     places: list[Parts] = [phases["load"]] * _WIDTH
-    marks = [(0, "load"), (len(places), "forward, backward")]
+    marks = [(0, "load"), (len(places), "one micro-batch")]
     places += line
     for name in ("step", "evaluate", "save"):
         if name in phases:

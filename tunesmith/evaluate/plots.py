@@ -143,7 +143,9 @@ def stacked_bar(parts: Sequence[tuple[str, float]], *, empty_last: bool = False)
 
 
 def stacked_area(
-    title: str, layers: Sequence[tuple[str, Sequence[float]]], marks: Sequence[tuple[int, str]],
+    title: str,
+    layers: Sequence[tuple[str, Sequence[float]]],
+    marks: Sequence[tuple[int, str]],
     number: Callable[[float], str],
 ) -> Markup:
     """Layers one on another, all with a value at each place; the page colours part-0, part-1, ... and writes the legend.

@@ -168,7 +168,9 @@ def results(config: Settings) -> list[Change]:
         found.append(Change((("method", {"kind": "lora"}),), RESULT, "method lora"))
     length = config["data"]["max_length"]
     if length > LEAST_TOKENS:
-        found.append(Change((("data.max_length", length // 2),), RESULT, f"max_length {length // 2} instead of {length}"))
+        found.append(
+            Change((("data.max_length", length // 2),), RESULT, f"max_length {length // 2} instead of {length}")
+        )
     return found
 
 
