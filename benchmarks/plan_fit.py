@@ -111,7 +111,7 @@ def run(command: list[str], limit: int | None = None) -> subprocess.CompletedPro
         capture_output=True,
         text=True,
         check=False,
-        preexec_fn=limited,  # noqa: PLW1509 - nothing else runs in this process
+        preexec_fn=limited,
     )
 
 

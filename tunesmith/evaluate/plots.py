@@ -148,7 +148,7 @@ def stacked_area(
     marks: Sequence[tuple[int, str]],
     number: Callable[[float], str],
 ) -> Markup:
-    """Layers one on another, all with a value at each place; the page colours part-0, part-1, ... and writes the legend.
+    """Layers one on another, all with a value at each place; the page colours part-0, part-1, ... as it does bars.
 
     Args:
         marks: where a span of places begins, and its name.

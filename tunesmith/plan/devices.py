@@ -69,7 +69,7 @@ def _device(
 PRESETS: dict[str, DeviceSection] = {
     device.name: device
     for device in (
-        #       name        TFLOP/s  GB  GB/s of memory, watts, GB/s in the node, network; watts as the same sheets limit them
+        #       name        TFLOP/s  GB  GB/s of memory, watts (the sheets' limit), node, network
         # NVIDIA A100 data sheet, SXM: 312 dense; NVLink 600 GB/s both ways; DGX A100: 200 Gb/s a GPU
         _device("a100-40gb", 312.0, 40.0, 1555.0, 400.0, 300.0, 25.0),
         _device("a100", 312.0, 80.0, 2039.0, 400.0, 300.0, 25.0),
