@@ -148,7 +148,7 @@ def _case(words: list[str]) -> Case:
 def config_of(name: str, folder: Path) -> dict[str, Any]:
     """The configuration of a case, its model and rows written below `folder` where they are not bundled."""
     case = {**cases(), **cases(fitted=True)}[name]
-    rows = "alpaca-demo" if case["objective"]["kind"] == "sft" else str(_labelled(folder))
+    rows = "alpaca-demo" if case["objective"]["kind"] == "sft" else str(labelled(folder))
     model = case["model"] if case["model"] not in _RANDOM else str(_random(case["model"], folder))
     return {
         **case,
@@ -160,7 +160,7 @@ def config_of(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def _labelled(folder: Path) -> Path:
+def labelled(folder: Path) -> Path:
     """The rows of alpaca-demo with a label: whether the answer is longer than the question."""
     path = folder / "labelled.jsonl"
     if not path.exists():

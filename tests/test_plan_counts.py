@@ -9,7 +9,7 @@ import torch
 from plan_models import SMALL, loss_of, small_config, small_model, with_low_rank
 
 from tunesmith.core.errors import ConfigError, ModelError
-from tunesmith.plan.memory import TensorSpec, count_memory, count_parameters, tensor_specs
+from tunesmith.plan.memory import IMPORTS_BYTES, TensorSpec, count_memory, count_parameters, tensor_specs
 from tunesmith.plan.shape import lora_parameters, read_shape
 from tunesmith.plan.trace import sample_batch
 
@@ -135,7 +135,9 @@ def test_frozen_weights_take_their_own_bytes_and_nothing_else():
         "total_bytes": 2160,
         "peak_bytes": 2160,
         "overhead_bytes": 0,
+        "resident_bytes": IMPORTS_BYTES + 2160,
         "copied_bytes": 120,
+        "phases": {},
     }
 
 

@@ -8,6 +8,7 @@ import typer
 
 from tunesmith.cli.arguments import ConfigFile, Json, Overrides
 
+
 def register(app: typer.Typer) -> None:
     """Adds this file's command to the program."""
     app.command()(check)

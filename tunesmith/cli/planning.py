@@ -85,7 +85,7 @@ def _plan(config: Config, size: str, html: str, as_json: bool) -> None:
     if html:
         from tunesmith.run.plan_page import write_page
 
-        write_page(html, config, made)
+        write_page(html, prepared, found, made)
     if as_json:
         _print_json(made)
         return
@@ -122,9 +122,9 @@ def _largest(config: Config, length: bool, size: str, as_json: bool) -> None:
 
 
 def _clusters(config: Config, cluster: str, top: int, as_json: bool) -> None:
-    from tunesmith.run.placing import rank_layouts, read_cluster
+    from tunesmith.run.placing import placed, read_cluster
 
-    made = rank_layouts(config, read_cluster(cluster)).as_dict(top)
+    made = placed(config, read_cluster(cluster), top)
     if as_json:
         _print_json(made)
         return

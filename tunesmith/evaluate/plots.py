@@ -123,18 +123,53 @@ def histogram(bins: Sequence[tuple[str, float]], name: str) -> Markup:
     return _svg("histogram", _WIDTH, 150, label, parts)
 
 
-def stacked_bar(parts: Sequence[tuple[str, float]]) -> Markup:
-    """One bar made of parts; the page colours part-0, part-1, ... and writes the legend."""
+def stacked_bar(parts: Sequence[tuple[str, float]], *, empty_last: bool = False) -> Markup:
+    """One bar made of parts; the page colours part-0, part-1, ... and writes the legend.
+
+    Args:
+        empty_last: the last part is room that is left, and is not drawn.
+    """
     total = sum(value for _, value in parts)
     if total <= 0:
         return Markup("")
     shapes, x = [], 0.0
     for index, (_, value) in enumerate(parts):
         width = 600 * value / total
-        shapes.append(_tag("rect", f"part-{index}", x=x, y=0, width=max(0.0, width - 1), height=14))
+        if not (empty_last and index == len(parts) - 1):
+            shapes.append(_tag("rect", f"part-{index}", x=x, y=0, width=max(0.0, width - 1), height=14))
         x += width
     label = ", ".join(f"{name} {100 * value / total:.0f} %" for name, value in parts)
     return _svg("stack", 600, 14, label, shapes, stretch=True)
+
+
+def stacked_area(
+    title: str,
+    layers: Sequence[tuple[str, Sequence[float]]],
+    marks: Sequence[tuple[int, str]],
+    number: Callable[[float], str],
+) -> Markup:
+    """Layers one on another, all with a value at each place; the page colours part-0, part-1, ... as it does bars.
+
+    Args:
+        marks: where a span of places begins, and its name.
+    """
+    count = len(layers[0][1]) if layers else 0
+    if count < 2:
+        return Markup("")
+    sums = [sum(values) for values in zip(*(values for _, values in layers), strict=True)]
+    across, up = _scale(0, count - 1, _LEFT, _WIDTH - _RIGHT), _scale(0, max(sums) * 1.05, _HEIGHT - _BOTTOM, _TOP)
+    parts, below = [_grid(nice_ticks(0, max(sums), 5), up, number)], [0.0] * count
+    for index, (_, values) in enumerate(layers):
+        above = [low + value for low, value in zip(below, values, strict=True)]
+        edge = [f"{across(x):.1f} {up(y):.1f}" for x, y in enumerate(above)]
+        back = [f"{across(x):.1f} {up(y):.1f}" for x, y in reversed(list(enumerate(below)))]
+        parts.append(_tag("path", f"part-{index}", d=f"M{'L'.join([*edge, *back])}Z"))
+        below = above
+    for place, name in marks:
+        parts.append(_tag("path", "guide", d=f"M{across(place):.1f} {_TOP}V{_HEIGHT - _BOTTOM}"))
+        parts.append(_text("tick", across(place) + 2, _HEIGHT - 9, name, "start"))
+    label = f"{title}: at most {number(max(sums))}"
+    return _svg("chart", _WIDTH, _HEIGHT, label, parts)
 
 
 def smooth(points: Sequence[Point], reach: int) -> list[Point]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _TORCH = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_FORMAT = 4  # of what is measured; other numbers in the cache are of something else
+_FORMAT = 5  # of what is measured; other numbers in the cache are of something else
 _MOST_FLOPS = 4e9  # of one product that is timed: larger ones are cut to fewer tokens
 _STREAM_BYTES = 1 << 26  # beyond any cache near a core
 _HEAD_ROWS = 128  # of a chunk of logits
@@ -128,14 +128,13 @@ def _measure(shape: ModelShape, tokens: int, dtype: torch.dtype, seconds: float)
         products.nt(x, weight)
         products.nn(dy, weight)
 
-    # as in a step, where what is read was made long ago and what is made is kept: memory, not the cache
+    # as in a step, where what is read was made long ago, in memory that was used before: not in the cache, and there
     ys = [torch.randn_like(y) for _ in range(max(2, _STREAM_BYTES // (y.numel() * y.element_size())))]
+    places = [torch.zeros_like(y) for _ in ys]
 
     def pointwise() -> None:
-        del made[:]
-        made.extend(torch.mul(one, 2.0) for one in ys)
-
-    made: list[torch.Tensor] = []
+        for one, place in zip(ys, places, strict=True):
+            torch.mul(one, 2.0, out=place)
 
     work = sum(2 * tokens * weight.numel() for _, weight, _ in maps)
     size, narrow = y.numel(), y.element_size()
@@ -145,7 +144,6 @@ def _measure(shape: ModelShape, tokens: int, dtype: torch.dtype, seconds: float)
         start = _typical(lambda: torch.add(small, small), seconds * 0.05)
         # starting operations is paid apart: a tiny tensor must not look like slow memory
         speed = moved / max(point - len(ys) * start, point / 10)
-        del made[:]
         # these stay in the cache: what they take beyond a copy there is what they take beyond their bytes
         copied = _typical(lambda: torch.mul(y, 2.0), seconds * 0.05) / size
         curved = _typical(lambda: torch.nn.functional.gelu(y), seconds * 0.05) / size - copied

@@ -48,11 +48,17 @@ class ClusterSection(Section):
         compute_efficiency: of the peak of products that a stage reaches while it computes, everything between the
             products included.
         link_efficiency: of a link's bandwidth that a collective reaches.
+        pue: energy of the building over that of its computers.
+        kg_co2_per_kwh: of the electricity; the average of the United States (Touvron et al. 2023, arXiv 2302.13971).
+        price_per_hour: of one device; None leaves money out.
     """
 
     nodes: list[NodeSection] = Field(min_length=1)
     compute_efficiency: float = Field(default=0.6, gt=0, le=1)
     link_efficiency: float = Field(default=0.8, gt=0, le=1)
+    pue: float = Field(default=1.1, ge=1)
+    kg_co2_per_kwh: float = Field(default=0.385, ge=0)
+    price_per_hour: float | None = Field(default=None, ge=0)
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class Node:
         flops: a second that are reached.
         memory_bytes: of one device.
         memory_bandwidth: bytes a second.
+        watts: of one device; None where it is not known.
         within, between: links of one device, at what collectives reach.
     """
 
@@ -78,6 +85,7 @@ class Node:
     memory_bandwidth: float
     within: Link
     between: Link
+    watts: float | None = None
 
     @property
     def room_bytes(self) -> int:
@@ -90,11 +98,12 @@ class Cluster:
 
     Attributes:
         nodes: groups of them.
-        compute_efficiency, link_efficiency: as the section has them.
+        compute_efficiency, link_efficiency, pue, kg_co2_per_kwh, price_per_hour: as the section has them.
     """
 
     def __init__(self, section: ClusterSection) -> None:
         self.compute_efficiency, self.link_efficiency = section.compute_efficiency, section.link_efficiency
+        self.pue, self.kg_co2_per_kwh, self.price_per_hour = section.pue, section.kg_co2_per_kwh, section.price_per_hour
         self.nodes = [_node(node, section) for node in section.nodes]
 
     @cached_property
@@ -194,4 +203,5 @@ def _node(node: NodeSection, section: ClusterSection) -> Node:
         memory_bandwidth=device.memory_gb_per_second * 1e9,
         within=link(node.within, device.within),
         between=link(node.between, device.between),
+        watts=device.watts,
     )

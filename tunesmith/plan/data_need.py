@@ -75,15 +75,12 @@ class Need:
 def show_need(need: dict[str, Any]) -> list[str]:
     """Lines for people, of `Need.as_dict()`."""
     rate, optimal = need["tokens_a_parameter"], need["optimal_tokens"]
-    amount = "under" if need["tokens"] < optimal else "over"
+    side = "under" if need["tokens"] < optimal else "over"
     lines = [
         f"data: {need['rows']:,} rows, {need['set_tokens']:,} tokens, {100 * need['supervised_share']:.0f} % of them "
         f"learnt, {need['epochs']:.3g} epochs; packing saves {100 * need['padding_share']:.0f} % padding",
-        f"amount: {rate:.2g} tokens a parameter; from scratch {in_count(optimal)} would be best for this size (20 a "
-        f"parameter, Hoffmann et al. 2022): {amount} that, as adapting a trained model is"
-        if amount == "under"
-        else f"amount: {rate:.2g} tokens a parameter, over the {in_count(optimal)} that are best from scratch "
-        "(20 a parameter, Hoffmann et al. 2022)",
+        f"amount: {rate:.2g} tokens a parameter, {side} the {TOKENS_A_PARAMETER} that are best from scratch "
+        f"({in_count(optimal)} for this size; Hoffmann et al. 2022)",
         f"work: {need['petaflops_days']:.2g} petaflop/s-days",
     ]
     return lines + [f"warning: {told}" for told in need["warnings"]]

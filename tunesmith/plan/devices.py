@@ -34,6 +34,7 @@ class DeviceSection(Section):
         tflops: peak of dense bf16 products, 10^12 a second.
         memory_gb: 10^9 bytes.
         memory_gb_per_second: how fast that is read.
+        watts: what it takes at its limit; None where nothing is said of it, and then nothing of energy.
         within: its link to the devices of its node, unless the node says another.
         between: its link to other nodes, unless the node says another.
     """
@@ -42,6 +43,7 @@ class DeviceSection(Section):
     tflops: float = Field(gt=0)
     memory_gb: float = Field(gt=0)
     memory_gb_per_second: float = Field(gt=0)
+    watts: float | None = Field(default=None, gt=0)
     within: LinkSection
     between: LinkSection
 
@@ -50,12 +52,15 @@ class DeviceSection(Section):
 NVLINK_US, PCIE_US, NETWORK_US = 3.4, 5.7, 14.0
 
 
-def _device(name: str, tflops: float, memory: float, bandwidth: float, within: float, between: float) -> DeviceSection:
+def _device(
+    name: str, tflops: float, memory: float, bandwidth: float, watts: float, within: float, between: float
+) -> DeviceSection:
     return DeviceSection(
         name=name,
         tflops=tflops,
         memory_gb=memory,
         memory_gb_per_second=bandwidth,
+        watts=watts,
         within=LinkSection(gb_per_second=within, microseconds=NVLINK_US if within >= 100 else PCIE_US),
         between=LinkSection(gb_per_second=between, microseconds=NETWORK_US),
     )
@@ -64,26 +69,30 @@ def _device(name: str, tflops: float, memory: float, bandwidth: float, within: f
 PRESETS: dict[str, DeviceSection] = {
     device.name: device
     for device in (
-        #       name        TFLOP/s  GB  GB/s of memory, node, network
+        #       name        TFLOP/s  GB  GB/s of memory, watts (the sheets' limit), node, network
         # NVIDIA A100 data sheet, SXM: 312 dense; NVLink 600 GB/s both ways; DGX A100: 200 Gb/s a GPU
-        _device("a100-40gb", 312.0, 40.0, 1555.0, 300.0, 25.0),
-        _device("a100", 312.0, 80.0, 2039.0, 300.0, 25.0),
+        _device("a100-40gb", 312.0, 40.0, 1555.0, 400.0, 300.0, 25.0),
+        _device("a100", 312.0, 80.0, 2039.0, 400.0, 300.0, 25.0),
         # NVIDIA H100 data sheet, SXM: 1,979 with sparsity; NVLink 900 GB/s both ways; DGX H100: 400 Gb/s a GPU
-        _device("h100", 989.5, 80.0, 3350.0, 450.0, 50.0),
+        _device("h100", 989.5, 80.0, 3350.0, 700.0, 450.0, 50.0),
         # NVIDIA H200 data sheet, SXM: as H100, with 141 GB at 4.8 TB/s; DGX H200: 400 Gb/s a GPU
-        _device("h200", 989.5, 141.0, 4800.0, 450.0, 50.0),
+        _device("h200", 989.5, 141.0, 4800.0, 700.0, 450.0, 50.0),
         # NVIDIA DGX B200 data sheet: 1,440 GB and 64 TB/s of 8 GPUs, 400 Gb/s a GPU; HGX B200: 36 PFLOP/s of 8 with
         # sparsity; NVLink 1,800 GB/s both ways
-        _device("b200", 2250.0, 180.0, 8000.0, 900.0, 50.0),
+        _device("b200", 2250.0, 180.0, 8000.0, 1000.0, 900.0, 50.0),
         # NVIDIA GA102 white paper: 71 dense with float32 sums; PCIe 4.0 x16; network: 10 gigabit Ethernet
-        _device("rtx-3090", 71.0, 24.0, 936.0, 31.5, 1.25),
+        _device("rtx-3090", 71.0, 24.0, 936.0, 350.0, 31.5, 1.25),
         # NVIDIA Ada white paper: 165.2 dense with float32 sums; PCIe 4.0 x16
-        _device("rtx-4090", 165.2, 24.0, 1008.0, 31.5, 1.25),
+        _device("rtx-4090", 165.2, 24.0, 1008.0, 450.0, 31.5, 1.25),
         # NVIDIA RTX Blackwell white paper: 209.5 dense with float32 sums; PCIe 5.0 x16
-        _device("rtx-5090", 209.5, 32.0, 1792.0, 63.0, 1.25),
+        _device("rtx-5090", 209.5, 32.0, 1792.0, 575.0, 63.0, 1.25),
+        # NVIDIA L40S data sheet: 362 dense; PCIe 4.0 x16
+        _device("l40s", 362.0, 48.0, 864.0, 350.0, 31.5, 1.25),
+        # NVIDIA RTX A6000 data sheet: 309.7 with sparsity, halved; PCIe 4.0 x16
+        _device("rtx-a6000", 154.8, 48.0, 768.0, 300.0, 31.5, 1.25),
         # a socket of Intel Xeon 8480+: 56 cores x 2.0 GHz x 1,024 (AMX, Intel optimization manual); eight channels of
         # DDR5-4800, 16 modules of 32 GB; one link of UPI at 16 GT/s x 24 bits; network: 10 gigabit Ethernet
-        _device("cpu", 114.7, 512.0, 307.2, 48.0, 1.25),
+        _device("cpu", 114.7, 512.0, 307.2, 350.0, 48.0, 1.25),
     )
 }  # fmt: skip
 

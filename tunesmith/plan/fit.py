@@ -168,13 +168,17 @@ def results(config: Settings) -> list[Change]:
         found.append(Change((("method", {"kind": "lora"}),), RESULT, "method lora"))
     length = config["data"]["max_length"]
     if length > LEAST_TOKENS:
-        found.append(Change((("data.max_length", length // 2),), RESULT, f"max_length {length // 2} instead of {length}"))
+        found.append(
+            Change((("data.max_length", length // 2),), RESULT, f"max_length {length // 2} instead of {length}")
+        )
     return found
 
 
 def show_fit(fitted: dict[str, Any]) -> list[str]:
     """Lines for people, of `Fitted.as_dict()`."""
     needed, room = in_bytes(fitted["needed_bytes"]), in_bytes(fitted["room_bytes"])
+    if needed == room:
+        needed, room = (f"{fitted[name] / 1e6:,.0f} MB" for name in ("needed_bytes", "room_bytes"))
     if fitted["fits"]:
         return [f"needs {needed}: fits into {room}"]
     lines = [f"needs {needed}: does not fit into {room}"]

@@ -66,7 +66,7 @@ class History:
 
 
 def history_of(folder: Path) -> History:
-    """Every finished run at or below a folder; damaged files are passed over. Raises ConfigError where there is none."""
+    """Every finished run at or below a folder; damaged files are passed over. Raises ConfigError without a folder."""
     if not folder.is_dir():
         raise ConfigError("no such folder", where=str(folder), hint="runs are kept where out: says, in runs by default")
     found = [pair for path in sorted(folder.rglob("run.json")) if (pair := _pair(path.parent)) is not None]

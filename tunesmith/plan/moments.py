@@ -36,6 +36,15 @@ class Moment:
     def peak_bytes(self) -> int:
         return max(sum(self.forward.values()), sum(self.backward.values()))
 
+    def line(self) -> tuple[Parts, ...]:
+        """Bytes by part while it runs: forward, then backward."""
+        # gradients of an earlier micro-batch are there all along; else they come one by one
+        before = self.forward["gradients"]
+        return tuple(
+            {**self.forward, "gradients": before or finished, "activations": activations}
+            for activations, finished in self.traced.line
+        )
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -53,11 +62,9 @@ class Moments:
 
     def fullest(self) -> Moment:
         """The moment in which tensors take most."""
-        waiting = sorted(self.met, key=lambda one: self._there(one) + one.size_bytes)
         best, scale = None, 1.0
-        while waiting:
-            one = waiting.pop()
-            if best is not None and self._there(one) + scale * one.size_bytes <= best.peak_bytes:
+        for one in sorted(self.met, key=lambda one: -self._most(one, 1.0)):
+            if best is not None and self._most(one, scale) <= best.peak_bytes:
                 continue
             found = self._moment(one)
             if best is None:
@@ -67,9 +74,10 @@ class Moments:
         assert best is not None
         return best
 
-    def _there(self, one: Met) -> int:
-        """Bytes that are there before a micro-batch begins."""
-        return sum(self._state(one).values())
+    def _most(self, one: Met, scale: float) -> float:
+        """What it can come to: all gradients are there at once with it."""
+        state = {**self._state(one), "gradients": self.state.gradients_bytes}
+        return sum(state.values()) + scale * one.size_bytes
 
     def _state(self, one: Met) -> Parts:
         state = self.state

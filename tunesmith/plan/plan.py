@@ -15,6 +15,7 @@ from tunesmith.plan.compute import flops_per_token
 from tunesmith.plan.memory import (
     Memory,
     Parameters,
+    Parts,
     TensorSpec,
     count_memory,
     count_parameters,
@@ -80,6 +81,7 @@ class Plan:
         exact_activations: they were traced through the model rather than estimated from its shape.
         recompute: what is computed again in the backward, where that was chosen (`choice.Choice`); else None.
         layout: processes and what each sends, where there are several (`spread.Spread`); memory is then of one.
+        line: bytes by part while the fullest micro-batch runs, for a picture; not in plan.json.
     """
 
     parameters: Parameters
@@ -91,6 +93,7 @@ class Plan:
     exact_activations: bool = False
     recompute: dict[str, Any] | None = None
     layout: dict[str, Any] | None = None
+    line: tuple[Parts, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers under the fixed keys."""
@@ -205,6 +208,7 @@ def _traced(
         flops=round(traced.flops * times),
         seconds=_seconds(specs, state, shape, work, fullest, calibration) if calibration else None,
         exact_activations=True,
+        line=fullest.line(),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.amounts import in_bytes, in_count
+from tunesmith.plan.bill import show_bill
 from tunesmith.plan.show import bar
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def show_layouts(found: dict[str, Any], width: int = 36) -> RenderableType:
         pieces += [_ranked(found["layouts"]), Text(), *_first(found["layouts"][0], width)]
     else:
         pieces.append(Text("no layout fits", style="bold red"))
+    if found.get("bill"):
+        pieces.append(Text(show_bill(found["bill"])))
     pieces += _lacking(found)
     return Group(*pieces)
 

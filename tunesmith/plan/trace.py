@@ -198,9 +198,7 @@ def trace_seen(
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, _as_if_on_cpu(model, fake), imitated():
         known = seen.faked(fake)
         with foreseen(known.compact):
-            return measure(
-                model, lambda: loss(known.batch), len(seen.batch.ids), wide_gradients=wide_gradients
-            )
+            return measure(model, lambda: loss(known.batch), len(seen.batch.ids), wide_gradients=wide_gradients)
 
 
 def trace_evaluation(model: nn.Module, loss: Callable[[Batch], Tensor], seen: Seen) -> Traced:
@@ -217,9 +215,7 @@ def trace_evaluation(model: nn.Module, loss: Callable[[Batch], Tensor], seen: Se
         model.train()
 
 
-def measure(
-    model: nn.Module, loss: Callable[[], Tensor], tokens: int, *, wide_gradients: bool = False
-) -> Traced:
+def measure(model: nn.Module, loss: Callable[[], Tensor], tokens: int, *, wide_gradients: bool = False) -> Traced:
     """Counts one forward and backward where the model is, data or not; leaves gradients as backward does.
 
     Args:

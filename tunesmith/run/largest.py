@@ -64,7 +64,7 @@ def judged(prepared: Prepared, policy: Policy) -> Seen | None:
 
 
 def padding_share(prepared: Prepared) -> float:
-    """Of the places in the micro-batches of the first steps, if each row were as long as the longest, the empty ones."""
+    """Of the places in the first steps' micro-batches, were each row as long as the longest, the empty ones."""
     tokens = places = 0
     for step in islice(prepared.stream(Cursor()), min(STEPS, prepared.totals.steps)):
         for rows in step.micro_batches:

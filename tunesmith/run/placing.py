@@ -6,8 +6,9 @@ Needs no weights and no rows: a folder with config.json is enough, and a step is
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -28,8 +29,8 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def read_cluster(path: Path | str) -> Cluster:
-    """The cluster in a YAML file. Raises ConfigError listing all problems."""
-    raw = read_yaml(path)
+    """The cluster in a YAML file, or in words: 8xh100, 2x8xa100. Raises ConfigError listing all problems."""
+    raw = _in_words(str(path)) or read_yaml(path)
     if not isinstance(raw, dict):
         raise ConfigError("a cluster is a mapping of keys: nodes, and what is assumed", where=str(path))
     problems = Problems()
@@ -49,6 +50,24 @@ def rank_layouts(config: Config, cluster: Cluster) -> Ranking:
     if config.precision.compute == "fp32":
         raise ConfigError("peaks of devices are of bf16", where="precision.compute", hint="leave it out")
     return rank(cluster, pieces_of_run(config), work_of(config))
+
+
+def _in_words(text: str) -> dict[str, Any] | None:
+    found = re.fullmatch(r"(?:(\d+)x)?(\d+)x([a-z][a-z0-9-]*)", text)
+    if found is None:
+        return None
+    return {"nodes": [{"device": found[3], "devices": int(found[2]), "count": int(found[1] or 1)}]}
+
+
+def placed(config: Config, cluster: Cluster, top: int) -> dict[str, Any]:
+    """The ranking as plain numbers, with what the whole run comes to where its steps are known."""
+    from tunesmith.plan.bill import bill
+
+    found = rank_layouts(config, cluster).as_dict(top)
+    steps, layouts = config.train.steps, found["layouts"]
+    if steps is not None and layouts:
+        found["bill"] = bill(cluster, steps, layouts[0]["seconds"], layouts[0]["mfu"]).as_dict()
+    return found
 
 
 def work_of(config: Config) -> Work:
@@ -75,7 +94,7 @@ def pieces_of_run(config: Config, dtype: Dtype = "bf16") -> Pieces:
         raise ModelError(f"{experts} {settings[experts]}: mixtures of experts are not placed", where=str(folder))
     config.objective.check(settings)
     config.method.check(settings)
-    loaded = meta(str(folder), dtype=dtype)
+    loaded = meta(str(folder), dtype=dtype, base=config.precision.base)
     blocks = block_paths(loaded.model, loaded.family)
     if loaded.family.kind == "seq2seq" or not blocks:
         raise ModelError(f"{loaded.family.name}: only models of one row of blocks are placed", where=str(folder))

@@ -41,8 +41,8 @@ def plan_run(
 
     from tunesmith.models.policy import Policy
     from tunesmith.models.recompute import Blocks
-    from tunesmith.plan.choice import cheapest
     from tunesmith.plan.calibration import calibrate
+    from tunesmith.plan.choice import cheapest
     from tunesmith.plan.memory import tensor_specs
     from tunesmith.plan.plan import Workload, make_plan
     from tunesmith.plan.room import room_bytes
