@@ -63,7 +63,8 @@ def rows_of(batch: Batch, like: Tensor) -> Tensor:
     """int64 [documents]: the row that each answer is of, where `like` is."""
     import torch
 
-    return torch.repeat_interleave(torch.tensor(batch.answers)).to(like.device)
+    rows = [row for row, count in enumerate(batch.answers) for _ in range(count)]
+    return torch.tensor(rows, device=like.device)
 
 
 def ranks_of(batch: Batch) -> Tensor:

@@ -31,7 +31,8 @@ def refusals(config: Any) -> Iterator[tuple[str, str, str]]:
     if config.precision.base != "same" and (layout.shard == "zero3" or _kind(layout)):
         told = f"{config.precision.base} holds codes, and {_kind(layout) or 'zero3'} splits numbers"
         yield "precision.base", told, "set it to same, or use layout.data without zero3"
-    is_written = stop is not None and stop.metric not in ("loss", "perplexity") and not config.objective.predicts
+    judged = config.objective.predicts or config.objective.compares
+    is_written = stop is not None and stop.metric not in ("loss", "perplexity") and not judged
     if is_written and (layout.shard == "zero3" or _kind(layout)):
         told = f"is of written text, and {_kind(layout) or 'zero3'} has no whole model to write with"
         yield "train.stop.metric", told, "take loss, or zero2"

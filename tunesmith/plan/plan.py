@@ -40,6 +40,7 @@ class Workload:
         lengths: tokens of the documents of the largest micro-batch.
         supervised_share: tokens with a target / tokens.
         predicts: what a head predicts; None where text is learnt.
+        answers: documents of each row, where answers are compared.
     """
 
     steps: int
@@ -47,6 +48,7 @@ class Workload:
     lengths: tuple[int, ...]
     supervised_share: float = 1.0
     predicts: ProblemKind | None = None
+    answers: tuple[int, ...] = ()
 
     @property
     def micro_tokens(self) -> int:
@@ -138,7 +140,7 @@ def make_plan(
     if loss is not None:
         from tunesmith.plan.trace import trace
 
-        traced = trace(model, loss, work.lengths, work.supervised_share, work.predicts)
+        traced = trace(model, loss, work.lengths, work.supervised_share, work.predicts, work.answers)
         return _traced(specs, state, work, traced, calibration)
     size = item_bytes or max(specs, key=lambda spec: spec.count).item_bytes
     learnt = round(work.micro_tokens * work.supervised_share)

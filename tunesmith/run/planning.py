@@ -43,7 +43,7 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
     loaded = open_meta(prepared)
     adapter = config.method.attach(loaded, seed=config.train.seed)
     policy = Policy(loaded, adapter.route, packed=config.data.packing)
-    lengths, share, micro_batches = _micro_batch(prepared)
+    lengths, answers, share, micro_batches = _micro_batch(prepared)
     totals = prepared.totals
     shape = read_shape(prepared.folder)
     spread: Any = Spread(config.layout.data, config.layout.shard, micro_batches)
@@ -69,7 +69,7 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
         found = make_plan(
             model,
             shape,
-            Workload(totals.steps, totals.tokens, lengths, share, config.objective.predicts),
+            Workload(totals.steps, totals.tokens, lengths, share, config.objective.predicts, answers),
             trainable=trained,
             loss=lambda batch: config.objective.loss(policy, batch).total,
             master=config.precision.master,
@@ -110,9 +110,9 @@ def open_meta(prepared: Prepared) -> Loaded:
     return loaded
 
 
-def _micro_batch(prepared: Prepared) -> tuple[tuple[int, ...], float, float]:
-    """Lengths of the largest micro-batch among the first steps, the share of its tokens that is supervised, and how
-    many micro-batches a process makes in a step."""
+def _micro_batch(prepared: Prepared) -> tuple[tuple[int, ...], tuple[int, ...], float, float]:
+    """Lengths of the documents of the largest micro-batch among the first steps, how many answers its rows compare,
+    the share of its tokens that is supervised, and how many micro-batches a process makes in a step."""
     from itertools import islice
 
     from tunesmith.data.pack import Cursor
@@ -132,5 +132,6 @@ def _micro_batch(prepared: Prepared) -> tuple[tuple[int, ...], float, float]:
                 largest = rows
     tokens = sum(len(row.ids) for row in largest)
     supervised = sum(sum(row.supervised) for row in largest)
-    lengths = tuple(len(row.ids) for row in largest)
-    return lengths, supervised / max(1, tokens), sum(counts) / max(1, len(counts))
+    lengths = tuple(len(document.ids) for row in largest for document in row.documents())
+    answers = tuple(len(row.lengths) for row in largest if row.lengths)
+    return lengths, answers, supervised / max(1, tokens), sum(counts) / max(1, len(counts))
