@@ -116,7 +116,7 @@ def test_what_is_wrong_with_a_row_is_said(data: dict[str, Any], name: str, told:
     assert caught.value.where == "rows.jsonl:3"
 
 
-def encoded(codec: Codec, template: Template, data: dict[str, Any], length: int = 512, **more: Any) -> Example | Dropped:
+def encoded(codec: Codec, template: Template | None, data: dict[str, Any], length: int = 512, **more: Any) -> Example | Dropped:
     wanted: Comparison = more.get("wanted", "rankings")
     return encode_compared(row_of(data, more.get("name", "preference")), template, codec, length, wanted)
 
@@ -168,16 +168,16 @@ def test_rows_that_teach_nothing_are_left_out_with_a_reason(codec: Codec, templa
         encode_row(row_of(PAIR), template, codec, 512)
 
 
-def test_an_encoder_reads_prompt_and_answer_as_two_texts(tmp_path: Path, template: Template) -> None:
+def test_an_encoder_reads_prompt_and_answer_as_two_texts(tmp_path: Path) -> None:
     """Kills: a separator or a type left out; an answer cut with its prompt."""
     codec = Codec.open(wordpiece_folder(tmp_path))
     data = {"prompt": "the film is good and the book is dull", "chosen": "lovely", "rejected": "very bad"}
-    found = encoded(codec, template, data, 9)
+    found = encoded(codec, None, data, 9)
     assert isinstance(found, Example)
     shown = [codec.decode(part.ids, skip_special=False) for part in found.documents()]
     assert shown == ["[CLS] the book is dull [SEP] lovely [SEP]", "[CLS] the book is dull [SEP] very bad [SEP]"]
     assert [sum(part.types) for part in found.documents()] == [2, 3]
-    assert encoded(codec, template, data, 5) == Dropped(TOO_LONG, "rows.jsonl:3")
+    assert encoded(codec, None, data, 5) == Dropped(TOO_LONG, "rows.jsonl:3")
 
 
 def many(codec: Codec, template: Template) -> list[Example]:
