@@ -30,9 +30,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "ranking": {"prompt": "Add 1 and 2", "answers": ["12", "3", "three"], "ranks": [2, 1, 1]},
     "unpaired": {"prompt": "Add 1 and 2", "completion": "12", "label": False},
 }
-KINDS = {
-    "text": Text, "labelled": Labelled, "tagged": Tagged, **dict.fromkeys(("preference", "ranking", "unpaired"), Compared)
-}  # fmt: skip
+KINDS = {"text": Text, "labelled": Labelled, "tagged": Tagged}
+KINDS |= dict.fromkeys(("preference", "ranking", "unpaired"), Compared)
 
 
 def roles(row: Row) -> list[str]:

@@ -31,6 +31,8 @@ from tunesmith.models.shared import compacted
 PAIR = {"prompt": "name three colours, please.", "chosen": "Red, green and blue", "rejected": "the lazy dog"}
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "why"}]
 
+SHAREGPT = [{"from": turn["role"], "value": turn["content"]} for turn in TALK]
+
 
 def row_of(data: dict[str, Any], name: str = "preference") -> Compared:
     assert fits(data) == name
@@ -61,7 +63,7 @@ def answer(text: str) -> dict[str, str]:
         {"messages": TALK, "chosen": [*TALK, answer("because")], "rejected": [*TALK, answer("no")]},
         {"chosen": [*TALK, answer("because")], "rejected": [*TALK, answer("no")]},
         {
-            "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes?"}, {"from": "human", "value": "why"}],
+            "conversations": SHAREGPT,
             "chosen": {"from": "gpt", "value": "because"}, "rejected": {"from": "gpt", "value": "no"},
         },
         {
@@ -116,7 +118,9 @@ def test_what_is_wrong_with_a_row_is_said(data: dict[str, Any], name: str, told:
     assert caught.value.where == "rows.jsonl:3"
 
 
-def encoded(codec: Codec, template: Template | None, data: dict[str, Any], length: int = 512, **more: Any) -> Example | Dropped:
+def encoded(
+    codec: Codec, template: Template | None, data: dict[str, Any], length: int = 512, **more: Any
+) -> Example | Dropped:
     wanted: Comparison = more.get("wanted", "rankings")
     return encode_compared(row_of(data, more.get("name", "preference")), template, codec, length, wanted)
 

@@ -31,7 +31,9 @@ def pairs(count: int = 30) -> list[dict[str, Any]]:
     """The good answer is chosen; lengths say nothing."""
     rows = []
     for number in range(count):
-        answers = [f"it is {words[number % 3]}" + " very" * (number // side % 2) for side, words in ((3, GOOD), (6, BAD))]
+        answers = [
+            f"it is {words[number % 3]}" + " very" * (number // side % 2) for side, words in ((3, GOOD), (6, BAD))
+        ]
         rows.append({"prompt": f"the {NOUNS[number % 5]} was", "chosen": answers[0], "rejected": answers[1]})
     return rows
 
@@ -127,7 +129,15 @@ def test_a_reward_model_does_not_write_and_says_so(rewarded: Path) -> None:
 @pytest.mark.slow
 def test_a_tiny_encoder_learns_it_too(tmp_path: Path) -> None:
     """Kills: a template asked of an encoder; a pair of texts whose answer is not read."""
-    done = run(config(tmp_path, encoder_folder(tmp_path / "model"), pairs(), method="full", train={"steps": 30, "rows_per_step": 15, "lr": 0.003}))
+    done = run(
+        config(
+            tmp_path,
+            encoder_folder(tmp_path / "model"),
+            pairs(),
+            method="full",
+            train={"steps": 30, "rows_per_step": 15, "lr": 0.003},
+        )
+    )
     assert metric(done, "tuned", "accuracy") >= 90.0
 
 
@@ -136,7 +146,9 @@ def test_a_tiny_encoder_learns_it_too(tmp_path: Path) -> None:
 def test_a_tiny_decoder_learns_to_prefer(variant: str, writer: Path, tmp_path: Path) -> None:
     """Kills: a reference that moves along; a variant that learns the wrong side."""
     objective = {"kind": "dpo", "loss": variant}
-    done = run(config(tmp_path, writer, pairs(), objective=objective, train={"steps": 20, "rows_per_step": 10, "lr": 0.01}))
+    done = run(
+        config(tmp_path, writer, pairs(), objective=objective, train={"steps": 20, "rows_per_step": 10, "lr": 0.01})
+    )
     assert metric(done, "tuned", "accuracy") >= 90.0
     first, last = records(done)[0], records(done)[-1]
     if variant == "sigmoid":

@@ -54,7 +54,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        moved = {name: getattr(self, name) for name in ("ids", "positions", "sources", "targets", "labels", "types", "ranks")}
+        moved = {
+            name: getattr(self, name) for name in ("ids", "positions", "sources", "targets", "labels", "types", "ranks")
+        }
         return replace(self, **{name: tensor.to(device) for name, tensor in moved.items() if tensor is not None})
 
 

@@ -130,7 +130,9 @@ FORMATS: dict[str, Format] = {
     "text": Format(("text",), _text, (), ("chosen", "rejected", "label")),
     "preference": Format(("chosen", "rejected"), preference, ("prompt", "conversations", "messages", "system"), ()),
     "ranking": Format(("prompt", "answers", "ranks"), ranking),
-    "unpaired": Format(("label",), unpaired, ("prompt", "completion", "messages", "system"), ("chosen", "rejected", "text")),
+    "unpaired": Format(
+        ("label",), unpaired, ("prompt", "completion", "messages", "system"), ("chosen", "rejected", "text")
+    ),
 }
 
 

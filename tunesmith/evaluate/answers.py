@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.evaluate.losses import batches
@@ -111,7 +112,7 @@ def described(found: Opinions, examples: Sequence[Example]) -> dict[str, Any]:
 def _bins(pairs: list[tuple[float, float]]) -> list[list[tuple[float, float]]]:
     count = max(1, min(BINS, len(pairs) // LEAST_IN_BIN))
     ends = [round(place * len(pairs) / count) for place in range(count + 1)]
-    return [pairs[low:high] for low, high in zip(ends, ends[1:], strict=False) if high > low]
+    return [pairs[low:high] for low, high in pairwise(ends) if high > low]
 
 
 def _right(found: list[float]) -> float:

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from tunesmith.core.types import Batch
 
 
-def ranking_losses(
-    scores: Tensor, batch: Batch, margin: float = 0.0, label_smoothing: float = 0.0
-) -> Tensor:
+def ranking_losses(scores: Tensor, batch: Batch, margin: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
     """Negative log-likelihood of the ranking of each row, differentiable.
 
     For a row with scores s and ranks k: the sum over its answers i of

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tunesmith.run.exam import Asked
     from tunesmith.run.prepare import Prepared
 
+
 class PairJudge(Judge):
     """Sits the exam of compared answers before, during and after a run, and keeps eval.json and samples.jsonl."""
 

@@ -129,9 +129,7 @@ def prepare(config: Config) -> Prepared:
     problem = train.problem
     if not config.data.eval:
         return Prepared(config, folder, codec, train, train_statistics, problem=problem)
-    judged, judged_statistics = read_data(
-        config.data.eval, config.data, codec, "data.eval", problem, taken, compares
-    )
+    judged, judged_statistics = read_data(config.data.eval, config.data, codec, "data.eval", problem, taken, compares)
     return Prepared(config, folder, codec, train, train_statistics, judged, judged_statistics, problem)
 
 
