@@ -158,6 +158,10 @@ def test_a_tiny_decoder_learns_to_prefer(variant: str, writer: Path, tmp_path: P
     assert last["eval_chosen_logp"] > last["eval_rejected_logp"]
     assert json.loads((done / "run.json").read_text())["status"] == "finished"
     assert _raw(done)["objective"]["loss"] == variant
+    question = Question(str(tmp_path / "rows.jsonl"), ("accuracy", "loss"), precision="fp32", baselines=True)
+    afresh, *others = judge_models([str(done)], question)["models"]
+    assert afresh["metrics"]["loss"]["value"] == pytest.approx(metric(done, "tuned", "loss"), rel=1e-6)
+    assert [other["name"] for other in others] == ["constant score", "longer answer"]
 
 
 @pytest.mark.slow

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.core.errors import CheckpointError, ConfigError
 from tunesmith.core.files import canonical_json, read_json, write_atomic
 from tunesmith.data.section import DataSection
+from tunesmith.evaluate.metrics import COMPARED
 from tunesmith.evaluate.section import EvaluateSection, metric_names
+from tunesmith.objectives.dpo import DPO
 from tunesmith.run.exam import Asked, Exam, Scores, choose_shots, constant_answers, samples
 from tunesmith.run.head_exam import HeadExam, check_metrics
 from tunesmith.run.pair_exam import PairExam, baselines
@@ -163,14 +165,23 @@ class Question:
     max_length: int | None = None
     precision: str = "auto"
 
-    def dataset(self, source: str, codec: Codec, template: str, problem: Problem | None = None) -> Dataset:
-        """Rows of `source` for a tokenizer, with labels for a problem. Raises DataError, ConfigError."""
+    def dataset(
+        self,
+        source: str,
+        codec: Codec,
+        template: str,
+        problem: Problem | None = None,
+        compares: Comparison | None = None,
+    ) -> Dataset:
+        """Rows of `source` for a tokenizer, with labels for a problem, or with answers that are compared.
+
+        Raises DataError, ConfigError.
+        """
         from tunesmith.run.prepare import read_data
 
         length = self.max_length if self.max_length is not None else MAX_LENGTH
         settings = {"eval": source, "format": self.data_format, "template": template, "max_length": length}
         section = DataSection.model_validate(settings)
-        compares: Comparison | None = "rankings" if problem is not None and problem.kind == "reward" else None
         return read_data(section.eval, section, codec, "--data", problem, compares=compares)[0]
 
 
@@ -246,11 +257,15 @@ def _exam(question: Question, seen: Seen, metrics: tuple[str, ...]) -> tuple[Any
         if question.shots:
             raise ConfigError("no effect on a model that predicts labels", where="--shots", hint="leave it out")
         if seen.problem.kind == "reward":
-            pairs = question.dataset(question.data, seen.codec, seen.chosen, seen.problem)
+            pairs = question.dataset(question.data, seen.codec, seen.chosen, seen.problem, "rankings")
             return PairExam(pairs, metrics, limit=question.rows), []
         rows = question.dataset(question.data, seen.codec, "auto", seen.problem)
         return HeadExam(rows, metrics, question.rows), []
     seen.check_writes()
+    if seen.named.objective.get("kind") == "dpo" and not question.shots and set(metrics) <= set(COMPARED.table):
+        policy = DPO.model_validate(seen.named.objective)
+        pairs = question.dataset(question.data, seen.codec, seen.chosen, None, policy.compares)
+        return PairExam(pairs, metrics, policy, question.rows), []
     rows = question.dataset(question.data, seen.codec, seen.chosen)
     exam = Exam(rows, metrics, question.max_new_tokens, question.rows)
     if not question.shots:
