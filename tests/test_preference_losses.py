@@ -108,7 +108,7 @@ def test_the_losses_are_those_of_the_papers(variant: str) -> None:
     beta, base, total = 0.3, Policy(loaded), 0.0
     for row in range(3):
         found = [chance(policy, PAIRS, 2 * row + side) for side in (0, 1)]
-        (w, n_w), (l, n_l) = found
+        (w, n_w), (_, n_l) = found
         h_w, h_l = (found[side][0] - chance(base, PAIRS, 2 * row + side)[0] for side in (0, 1))
         if variant == "sigmoid":
             total -= logsigmoid(beta * (h_w - h_l))
@@ -168,7 +168,9 @@ def test_the_loss_begins_at_ln_2_and_the_reference_never_moves(method: LoRA | To
     assert moved <= set(adapter.parameters)
 
 
-@pytest.mark.parametrize("objective", [Reward(centre=0.1, margin=0.2), *(DPO(loss=v) for v in ("sigmoid", "ipo", "kto", "orpo"))])
+@pytest.mark.parametrize(
+    "objective", [Reward(centre=0.1, margin=0.2), *(DPO(loss=v) for v in ("sigmoid", "ipo", "kto", "orpo"))]
+)
 def test_rows_add_up_however_they_are_cut(objective: Reward | DPO) -> None:
     """Kills: a mean over a micro-batch; a row whose answers are parted."""
     loaded, _, _ = written()

@@ -165,8 +165,11 @@ def contradictions(config: Config, where: str) -> list[ConfigError]:
     for key in ("metrics", "every", "shots", "rows"):
         if getattr(judged, key) and not config.data.eval:
             say(f"evaluate.{key}", "nothing to evaluate on: data.eval is not set", "set data.eval")
-    if config.objective.predicts:
+    if config.objective.predicts or config.objective.compares:
         found += _unfit_for_labels(config, where)
+    if config.objective.needs_reference and config.method.trains_all:
+        told = f"compares with the model as it was, and method {config.method.kind} changes that model itself"
+        say("objective", told, "set method to lora or top_layers, or objective to {kind: dpo, loss: orpo}")
     stop = config.train.stop
     if stop is not None and not judged.every:
         say("train.stop", "needs evaluations during training", "set evaluate.every to a number of steps")
@@ -185,15 +188,17 @@ def contradictions(config: Config, where: str) -> list[ConfigError]:
 
 
 def _unfit_for_labels(config: Config, where: str) -> list[ConfigError]:
-    """Metrics that do not judge what a head predicts, and settings of prompts, which it is not given."""
-    known = OF_PROBLEM[config.objective.predicts or "classification"]
+    """Metrics that do not judge what a head predicts or compares, and settings of prompts, which it is not given."""
+    kind, objective = config.objective.predicts or "reward", config.objective
+    known = OF_PROBLEM[kind]
     wrong = [name for name in config.evaluate.metrics if name not in known]
-    told = f"{' '.join(wrong)}: not of predictions ({config.objective.predicts}); there are {' '.join(known)}"
+    told = f"{' '.join(wrong)}: not of predictions ({kind}); there are {' '.join(known)}"
     found = [ConfigError(told, where=f"{where}: evaluate.metrics")] if wrong else []
     shots = config.evaluate.shots and "evaluate.shots"
-    template = config.data.template != "auto" and "data.template"
+    template = config.data.template != "auto" and objective.compares is None and "data.template"
     for key in filter(None, (shots, template)):
-        told = "has no effect with objective: predict, which renders no prompts"
+        does = "asks for no answers" if objective.compares else "renders no prompts"
+        told = f"has no effect with objective: {objective.kind}, which {does}"
         found.append(ConfigError(told, where=f"{where}: {key}", hint="leave it out"))
     return found
 

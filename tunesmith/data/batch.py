@@ -16,8 +16,9 @@ from tunesmith.data.encode import Example
 def to_batch(examples: Sequence[Example]) -> Batch:
     """A Batch of these documents, int64 on the CPU: `ids` and `positions` [tokens], `sources` [supervised].
 
-    A row with answers to compare is a document for each of them. Of examples with labels, `labels` holds one a document (int64 of labels, float32 of scores), or one a
-    labelled token, whose places `sources` then are. Raises ValueError when there is no example.
+    A row with answers to compare is a document for each of them. Of examples with labels, `labels` holds one a
+    document (int64 of labels, float32 of scores), or one a labelled token, whose places `sources` then are. Raises
+    ValueError when there is no example.
     """
     if not examples:
         raise ValueError("a batch has at least one example")

@@ -50,12 +50,21 @@ def ranking(data: dict[str, Any]) -> Compared:
 
 
 def unpaired(data: dict[str, Any]) -> Compared:
-    """One answer, `completion`, that is good (`label` true or 1) or bad (false or 0). Raises DataError."""
+    """One answer that is good (`label` true or 1) or bad (false or 0): `prompt` and `completion`, or `messages`.
+
+    Raises DataError without a place.
+    """
     label = data["label"]
     if label not in (0, 1):  # true and false are 1 and 0
         raise DataError(f"the key 'label' holds {describe(label)}; true (good) or false (bad) is needed")
+    ranks = (0 if label else 1,)
+    if data.get("messages") is not None:
+        return _compared(_with_system(data, ()), [turns_of(data["messages"], "messages")], ranks)
+    missing = [key for key in ("prompt", "completion") if data.get(key) is None]
+    if missing:
+        raise DataError(f"beside 'label' a row has 'prompt' and 'completion', or 'messages'; {missing[0]!r} is missing")
     prompt = _with_system(data, _prompt(data["prompt"], "prompt"))
-    return _compared(prompt, [_answer(data["completion"], "completion")], (0 if label else 1,))
+    return _compared(prompt, [_answer(data["completion"], "completion")], ranks)
 
 
 def _compared(prompt: Turns, answers: list[Turns], ranks: tuple[int, ...]) -> Compared:

@@ -196,9 +196,15 @@ class Dataset:
     def _is_labelled(self) -> bool:
         return self.problem is not None and self.compares is None
 
+    @property
+    def _is_framed(self) -> bool:
+        """Whether the tokenizer's own frame takes the place of a template."""
+        return self._is_labelled or (self.compares is not None and self.codec.frames_pairs)
+
     def _encoded(self, row: Row) -> Example | Dropped:
         if self.compares is not None:
-            return encode_compared(row, self.template_of(row), self.codec, self.section.max_length, self.compares)
+            template = None if self.codec.frames_pairs else self.template_of(row)
+            return encode_compared(row, template, self.codec, self.section.max_length, self.compares)
         if self.problem is not None:
             return encode_labelled(row, self.codec, self.section.max_length, self.problem)
         if self.answered:
@@ -273,7 +279,7 @@ class Dataset:
         """All that decides what the rows of a source become, beside the code."""
         form = self.formats[source]
         template = None
-        if not self._is_labelled and form != "text":
+        if not self._is_framed and form != "text":
             used = self._plain if form == "prompt_completion" else self._chat
             template = [used.sha256, used.own]
         return {
@@ -294,6 +300,8 @@ class Dataset:
     def _template_line(self) -> str:
         if self.problem is not None and self._is_labelled:
             return self.problem.line()
+        if self._is_framed:
+            return "prompt and answer as two texts"
         if set(self.formats) == {"text"}:
             return "no template"
         folded = " (system messages go into the first user turn)" if self.template.folds_system else ""

@@ -20,15 +20,22 @@ _KEYS = "rows are {prompt, chosen, rejected} or {prompt, answers, ranks}; see da
 
 
 def encode_compared(
-    row: Row, template: Template, codec: Codec, max_length: int, wanted: Comparison
+    row: Row, template: Template | None, codec: Codec, max_length: int, wanted: Comparison
 ) -> Example | Dropped:
-    """One row as documents of at most `max_length` tokens each. Raises DataError for a row that is not as wanted."""
+    """One row as documents of at most `max_length` tokens each.
+
+    Args:
+        template: of a model that writes; None frames prompt and answer as two texts, as encoders read them.
+        wanted: which answers rows have.
+
+    Raises DataError for a row that is not as wanted.
+    """
     if not isinstance(row, Compared):
         raise DataError("there are no answers to compare in this row", where=row.where, hint=_KEYS)
     _check(row, wanted)
     if wanted == "pairs" and len(set(row.ranks)) == 1:
         return Dropped(TIED, row.where)
-    parts = _framed(row, codec, max_length) if codec.frames_pairs else _written(row, template, codec, max_length)
+    parts = _framed(row, codec, max_length) if template is None else _written(row, template, codec, max_length)
     if isinstance(parts, str):
         return Dropped(parts, row.where)
     if len(parts) > 1 and all(part.ids == parts[0].ids for part in parts):

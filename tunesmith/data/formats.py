@@ -139,7 +139,9 @@ FORMATS: dict[str, Format] = {
     "text": Format(("text",), _text, (), ("chosen", "rejected", "label")),
     "preference": Format(("chosen", "rejected"), preference, ("prompt", "conversations", "messages", "system"), ()),
     "ranking": Format(("prompt", "answers", "ranks"), ranking),
-    "unpaired": Format(("prompt", "completion", "label"), unpaired),
+    "unpaired": Format(
+        ("label",), unpaired, ("prompt", "completion", "messages", "system"), ("chosen", "rejected", "text")
+    ),
 }
 
 

@@ -27,7 +27,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Preview:
-    """A document as pieces, its tokens, how many are learnt and how many were cut off, its labels or an answer's rank."""
+    """A document as pieces, its tokens, how many are learnt or were cut off, its labels, or an answer's rank."""
 
     where: str
     pieces: tuple[Piece, ...]

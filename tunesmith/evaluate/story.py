@@ -18,6 +18,7 @@ from markupsafe import Markup
 from tunesmith.core.amounts import in_bytes, in_count, in_time
 from tunesmith.core.visible import visible
 from tunesmith.evaluate import plots
+from tunesmith.evaluate.pair_charts import pair_charts
 from tunesmith.evaluate.verdict import headline, listed, mapping, metric_name, number, score, score_tables
 
 _STATUS = {"finished": "good", "done": "good", "diverged": "bad", "failed": "bad"}
@@ -90,7 +91,8 @@ def charts(files: Files) -> list[dict[str, Any]]:
             found.append((f"Held-out {name}", _chart(files, key, name, score)))
     found.append(("Gradient norm", _chart(files, "grad_norm", "gradient norm", score)))
     found.append(("Tokens per second", _chart(files, "tokens_per_second", "tokens per second", in_count)))
-    return [{"name": name, "picture": picture} for name, picture in found if picture]
+    told = [{"name": name, "picture": picture} for name, picture in found if picture]
+    return [*told, *pair_charts(files.scores)]
 
 
 def _chart(files: Files, key: str, name: str, show: Callable[[float], str]) -> Markup:

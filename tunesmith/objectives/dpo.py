@@ -93,6 +93,10 @@ class DPO(Objective):
         ratios = losses.new_zeros(()).expand_as(losses) if reference is None else reference - losses
         return _summed(-losses, batch), _summed(ratios, batch)
 
+    def rewards(self, chances: Tensor, ratios: Tensor, batch: Batch) -> Tensor:
+        """What the policy implies that each answer is worth, [documents]; of orpo its mean log p of a token."""
+        return self.beta * ratios if self.needs_reference else chances / _counts(batch).to(chances.device)
+
     def losses(self, chances: Tensor, ratios: Tensor, batch: Batch) -> Tensor:
         """The loss of each unit from what `chances` gives: [rows], of kto [documents]."""
         from torch.nn.functional import logsigmoid

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from tunesmith.core.types import Batch
 
 
-def ranking_losses(
-    scores: Tensor, batch: Batch, margin: float = 0.0, label_smoothing: float = 0.0
-) -> Tensor:
+def ranking_losses(scores: Tensor, batch: Batch, margin: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
     """Negative log-likelihood of the ranking of each row, differentiable.
 
     For a row with scores s and ranks k: the sum over its answers i of
@@ -63,7 +61,8 @@ def rows_of(batch: Batch, like: Tensor) -> Tensor:
     """int64 [documents]: the row that each answer is of, where `like` is."""
     import torch
 
-    return torch.repeat_interleave(torch.tensor(batch.answers)).to(like.device)
+    rows = [row for row, count in enumerate(batch.answers) for _ in range(count)]
+    return torch.tensor(rows, device=like.device)
 
 
 def ranks_of(batch: Batch) -> Tensor:

@@ -49,7 +49,8 @@ def refusals(config: Any) -> Iterator[tuple[str, str, str]]:
     if config.precision.base != "same" and spread in ("tensor", "zero3"):
         told = f"{config.precision.base} holds codes, and {spread} splits numbers"
         yield "precision.base", told, "set it to same, or use layout.pipeline, or layout.data without zero3"
-    is_written = stop is not None and stop.metric not in ("loss", "perplexity") and not config.objective.predicts
+    judged = config.objective.predicts or config.objective.compares
+    is_written = stop is not None and stop.metric not in ("loss", "perplexity") and not judged
     if is_written and spread:
         told = f"is of written text, and {spread} has no whole model to write with"
         yield "train.stop.metric", told, "take loss, or zero2"

@@ -47,6 +47,7 @@ class Workload:
         passes: micro-batches of the run; 0 where all are as large as the largest.
         met: micro-batches of which one is the fullest moment of the run; none makes one of the lengths.
         judged: what is evaluated at once, where the loss is.
+        answers: documents of each row, where answers are compared.
     """
 
     steps: int
@@ -57,6 +58,7 @@ class Workload:
     passes: float = 0.0
     met: tuple[Met, ...] = ()
     judged: Seen | None = None
+    answers: tuple[int, ...] = ()
 
     @property
     def micro_tokens(self) -> int:
@@ -154,7 +156,7 @@ def make_plan(
         from tunesmith.plan.foreseen import Met, Seen
         from tunesmith.plan.trace import sample_batch, trace_evaluation, trace_seen
 
-        sample = Met(Seen(sample_batch(work.lengths, work.supervised_share, work.predicts)))
+        sample = Met(Seen(sample_batch(work.lengths, work.supervised_share, work.predicts, work.answers)))
 
         def traced(one: Met) -> Traced:
             return trace_seen(model, loss, one.seen, wide_gradients=master and fp32_gradients)

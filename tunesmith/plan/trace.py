@@ -178,13 +178,15 @@ def trace(
     lengths: Sequence[int],
     supervised_share: float = 1.0,
     predicts: ProblemKind | None = None,
+    answers: tuple[int, ...] = (),
 ) -> Traced:
-    """Runs `loss` and its backward on a micro-batch of documents of these lengths, with labels where it `predicts`.
+    """Runs `loss` and its backward on a micro-batch of documents of these lengths, with labels where it `predicts`,
+    of rows of so many `answers` where these are compared.
 
     The model may be on meta or hold data; it is as before afterwards. `loss` gives a scalar. A device other than
     the CPU is not imitated: kernels that save other tensors there will differ.
     """
-    return trace_seen(model, loss, Seen(sample_batch(lengths, supervised_share, predicts)))
+    return trace_seen(model, loss, Seen(sample_batch(lengths, supervised_share, predicts, answers)))
 
 
 def trace_seen(
@@ -252,7 +254,12 @@ def measure(model: nn.Module, loss: Callable[[], Tensor], tokens: int, *, wide_g
     )
 
 
-def sample_batch(lengths: Sequence[int], supervised_share: float = 1.0, predicts: ProblemKind | None = None) -> Batch:
+def sample_batch(
+    lengths: Sequence[int],
+    supervised_share: float = 1.0,
+    predicts: ProblemKind | None = None,
+    answers: tuple[int, ...] = (),
+) -> Batch:
     """A batch of documents of these lengths whose last tokens are supervised; ids and labels are all 0."""
     ids, sources, start = sum(lengths), [], 0
     learnts = [min(length - 1, max(1, round(supervised_share * length))) for length in lengths]
@@ -269,11 +276,13 @@ def sample_batch(lengths: Sequence[int], supervised_share: float = 1.0, predicts
         rows=tuple(f"document {index}" for index in range(len(lengths))),
         labels=_sample_labels(predicts, len(source) if predicts == "tokens" else len(lengths)),
         prompts=tuple(length - learnt for length, learnt in zip(lengths, learnts, strict=True)),
+        answers=answers,
+        ranks=torch.tensor([rank for count in answers for rank in range(count)]) if answers else None,
     )
 
 
 def _sample_labels(predicts: ProblemKind | None, count: int) -> Tensor | None:
-    if predicts is None:
+    if predicts in (None, "reward"):
         return None
     return torch.zeros(count, dtype=torch.float32 if predicts == "regression" else torch.int64)
 

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.core.errors import CheckpointError, ConfigError
 from tunesmith.core.files import canonical_json, read_json, write_atomic
 from tunesmith.data.section import DataSection
+from tunesmith.evaluate.metrics import COMPARED
 from tunesmith.evaluate.section import EvaluateSection, metric_names
+from tunesmith.objectives.dpo import DPO
 from tunesmith.run.exam import Asked, Exam, Scores, choose_shots, constant_answers, samples
 from tunesmith.run.head_exam import HeadExam, check_metrics
+from tunesmith.run.pair_exam import PairExam, baselines
 
 if TYPE_CHECKING:
-    from tunesmith.core.problem import Problem
+    from tunesmith.core.problem import Comparison, Problem
     from tunesmith.data.codec import Codec
     from tunesmith.data.dataset import Dataset
     from tunesmith.data.rows import Dialogue
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from tunesmith.run.prepare import Prepared
 
 log = logging.getLogger(__name__)
+AnyExam = Exam | HeadExam | PairExam
 CONSTANT, COPY = "constant answer", "copy of the prompt"
 MAX_LENGTH = 1024
 
@@ -44,8 +48,9 @@ class Judge:
         self.section: EvaluateSection = prepared.config.evaluate
         self.models: list[dict[str, Any]] = []
         self.answers: dict[str, list[str]] = {}
+        self.more: dict[str, Any] = {}  # beside the models in eval.json
         self.exam: Exam | None = None
-        if prepared.eval is not None and prepared.problem is None:
+        if prepared.eval is not None and prepared.problem is None and prepared.config.objective.compares is None:
             section = self.section
             self.exam = Exam(prepared.eval, section.metrics, section.generate, section.rows)
 
@@ -138,7 +143,7 @@ class Judge:
         columns["tuned"] = next((found for name, found in self.answers.items() if name.startswith("tuned")), [])
         lines = samples(self.asked, columns)
         write_atomic(self.folder / "samples.jsonl", "".join(lines))
-        write_atomic(self.folder / "eval.json", canonical_json({"models": self.models}, indent=1) + "\n")
+        write_atomic(self.folder / "eval.json", canonical_json({"models": self.models, **self.more}, indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -160,14 +165,24 @@ class Question:
     max_length: int | None = None
     precision: str = "auto"
 
-    def dataset(self, source: str, codec: Codec, template: str, problem: Problem | None = None) -> Dataset:
-        """Rows of `source` for a tokenizer, with labels for a problem. Raises DataError, ConfigError."""
+    def dataset(
+        self,
+        source: str,
+        codec: Codec,
+        template: str,
+        problem: Problem | None = None,
+        compares: Comparison | None = None,
+    ) -> Dataset:
+        """Rows of `source` for a tokenizer, with labels for a problem, or with answers that are compared.
+
+        Raises DataError, ConfigError.
+        """
         from tunesmith.run.prepare import read_data
 
         length = self.max_length if self.max_length is not None else MAX_LENGTH
         settings = {"eval": source, "format": self.data_format, "template": template, "max_length": length}
         section = DataSection.model_validate(settings)
-        return read_data(section.eval, section, codec, "--data", problem)[0]
+        return read_data(section.eval, section, codec, "--data", problem, compares=compares)[0]
 
 
 def judge_models(sources: list[str], question: Question, out: str | None = None) -> dict[str, Any]:
@@ -195,7 +210,7 @@ def judge_models(sources: list[str], question: Question, out: str | None = None)
     exams = [_exam(question, one, metrics) for one in seen]  # what is wrong is told before any model is loaded
     models: list[dict[str, Any]] = []
     columns: dict[str, list[str]] = {}
-    exam: Exam | HeadExam | None = None
+    exam: AnyExam | None = None
     for source, one, (exam, shots) in zip(sources, seen, exams, strict=True):
         opened = open_model(one, precision=question.precision)
         scores, answers = _sit(exam, opened, shots, f"{source}:")
@@ -213,17 +228,21 @@ def judge_models(sources: list[str], question: Question, out: str | None = None)
     return {"models": models}
 
 
-def _sit(exam: Exam | HeadExam, opened: Opened, shots: list[Dialogue], title: str) -> tuple[Scores, list[str]]:
+def _sit(exam: AnyExam, opened: Opened, shots: list[Dialogue], title: str) -> tuple[Scores, list[str]]:
     """One model's scores and answers, as its kind of exam has them."""
     from tunesmith.models.policy import Policy
 
+    if isinstance(exam, PairExam):
+        return exam.sit(Policy(opened.loaded, opened.route), title=title)[:2]
     if isinstance(exam, HeadExam):
         return exam.sit(Policy(opened.loaded, opened.route), title=title)
     return exam.sit(opened.loaded, opened.route, opened.codec, shots, title=title)
 
 
-def _baselines(exam: Exam | HeadExam) -> list[tuple[str, Scores, list[str]]]:
+def _baselines(exam: AnyExam) -> list[tuple[str, Scores, list[str]]]:
     """Name, scores and answers of what needs no model."""
+    if isinstance(exam, PairExam):
+        return baselines(exam)
     if isinstance(exam, HeadExam):
         constant = exam.constant(None)
         return [(CONSTANT, exam.score(constant), [" ".join(labels) for labels in constant])]
@@ -231,15 +250,22 @@ def _baselines(exam: Exam | HeadExam) -> list[tuple[str, Scores, list[str]]]:
     return [(name, exam.score(answers), answers) for name, answers in found]
 
 
-def _exam(question: Question, seen: Seen, metrics: tuple[str, ...]) -> tuple[Exam | HeadExam, list[Dialogue]]:
+def _exam(question: Question, seen: Seen, metrics: tuple[str, ...]) -> tuple[AnyExam, list[Dialogue]]:
     """The exam and the solved examples as one model reads them."""
     if seen.problem is not None:
         check_metrics(metrics, seen.problem, "--metrics")
         if question.shots:
             raise ConfigError("no effect on a model that predicts labels", where="--shots", hint="leave it out")
+        if seen.problem.kind == "reward":
+            pairs = question.dataset(question.data, seen.codec, seen.chosen, seen.problem, "rankings")
+            return PairExam(pairs, metrics, limit=question.rows), []
         rows = question.dataset(question.data, seen.codec, "auto", seen.problem)
         return HeadExam(rows, metrics, question.rows), []
     seen.check_writes()
+    if seen.named.objective.get("kind") == "dpo" and not question.shots and set(metrics) <= set(COMPARED.table):
+        policy = DPO.model_validate(seen.named.objective)
+        pairs = question.dataset(question.data, seen.codec, seen.chosen, None, policy.compares)
+        return PairExam(pairs, metrics, policy, question.rows), []
     rows = question.dataset(question.data, seen.codec, seen.chosen)
     exam = Exam(rows, metrics, question.max_new_tokens, question.rows)
     if not question.shots:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.run.head_exam import HeadExam
 from tunesmith.run.judging import CONSTANT, Judge
+from tunesmith.run.judging_pairs import PairJudge
 
 if TYPE_CHECKING:
     from tunesmith.models.load import Loaded
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 def judge_of(prepared: Prepared, folder: Path) -> Judge:
     """The judge of a run, by what it learns."""
+    if prepared.config.objective.compares is not None:
+        return PairJudge(prepared, folder)
     return (Judge if prepared.problem is None else HeadJudge)(prepared, folder)
 
 

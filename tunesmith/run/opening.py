@@ -5,10 +5,11 @@ A run brings its base model, its adapter and its template along; everything else
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.errors import ConfigError, ModelError
 from tunesmith.core.files import read_json
@@ -35,6 +36,7 @@ class Named:
         adapter: folder of the adapter, or None.
         template: the template a run was trained with, or None.
         max_length: tokens of a row that a run was trained with, or None.
+        objective: the section of a run's objective; empty where there is none.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Named:
     adapter: Path | None = None
     template: str | None = None
     max_length: int | None = None
+    objective: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,12 +111,12 @@ def find(source: str) -> Named:
     if run.exists:
         config = run.config
         data = config["data"] if isinstance(config["data"], dict) else {}
-        template, length = str(data.get("template", "auto")), data.get("max_length")
+        known = str(data.get("template", "auto")), data.get("max_length"), dict(config.get("objective") or {})
         if (folder / "model" / "config.json").exists():
-            return Named(source, str(folder / "model"), None, template, length)
+            return Named(source, str(folder / "model"), None, *known)
         if (folder / "adapter" / "adapter_config.json").exists():
             base = _base(folder / "adapter") or str(config["model"])
-            return Named(source, base, folder / "adapter", template, length)
+            return Named(source, base, folder / "adapter", *known)
         raise ModelError(
             "this run has no result yet", where=source, hint="finish it with `tunesmith tune ... --resume`"
         )

@@ -80,10 +80,20 @@ PREDICTED = Registry(
 )
 """What a prediction head is judged by; `f1` and `loss` mean something else for a model that writes."""
 
+COMPARED = Registry(
+    "metric of compared answers",
+    {
+        "loss": ("tunesmith.evaluate.metrics.pairs:PairLoss", "mean loss of a row's order"),
+        "accuracy": ("tunesmith.evaluate.metrics.pairs:PairAccuracy", "share of pairs whose better answer is ahead"),
+    },
+)
+"""What scores of compared answers are judged by."""
+
 OF_PROBLEM = {
     "classification": ("loss", "accuracy", "f1", "matthews"),
     "regression": ("loss", "pearson", "spearman"),
     "tokens": ("loss", "accuracy", "f1", "matthews"),
+    "reward": ("loss", "accuracy"),
 }
 """The metrics of each problem."""
 
