@@ -131,7 +131,10 @@ FORMATS: dict[str, Format] = {
         ("prompt", "completion"), _prompt_completion, ("references", "table"), ("chosen", "rejected", "label")
     ),
     "prompts": Format(
-        ("prompt",), _prompts, ("answer",), ("chosen", "rejected", "label", "completion", "response", "output", "answers", "text")
+        ("prompt",),
+        _prompts,
+        ("answer",),
+        ("chosen", "rejected", "label", "completion", "response", "output", "answers", "text"),
     ),
     "labelled": Format(("text", "label"), _labelled, ("text_pair",)),
     "tagged": Format(("tokens", "labels"), _tagged),

@@ -9,6 +9,7 @@ OBJECTIVES = Registry(
     {
         "sft": ("tunesmith.objectives.sft:SFT", "supervised: learn to write the completion, token by token"),
         "predict": ("tunesmith.objectives.predict:Predict", "a head that classifies, gives a number, or labels words"),
-        "grpo": ("tunesmith.objectives.grpo:GRPO", "answers of its own, rewarded and compared with others to the prompt"),
+        "grpo": ("tunesmith.objectives.grpo:GRPO", "its own answers to a prompt, rewarded and compared"),
+        "ppo": ("tunesmith.objectives.ppo:PPO", "its own answers, rewarded, beside what a value head expected"),
     },
 )

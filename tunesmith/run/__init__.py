@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from tunesmith.data.pack import Cursor
     from tunesmith.models.load import Loaded
     from tunesmith.models.policy import Policy
+    from tunesmith.models.route import Route
     from tunesmith.models.trunk import Trunk
     from tunesmith.run.judging import Judge
+    from tunesmith.run.rollouts import Rollouts
     from tunesmith.train.tuned import Result
 
 
@@ -232,16 +234,19 @@ def _carry_out(ready: _Ready, folder: RunFolder, resume: bool, before: bool, lib
     from tunesmith.evaluate.report import write_report
     from tunesmith.models.policy import Policy
     from tunesmith.run.planning import recomputed
+    from tunesmith.run.starting import attach, receive, route_of
 
     prepared, loaded, judge, layout = ready.prepared, ready.loaded, ready.judge, ready.layout
     config, is_first = prepared.config, layout.world.is_first
     say(_started(libraries))
+    received = receive(prepared, loaded)
     if before and is_first:
-        judge.before(loaded)
-    adapter = config.method.attach(loaded, seed=config.train.seed)
+        judge.before(loaded, route_of(received))
+    adapter = attach(prepared, loaded, received)
     how = recomputed(config, ready.recompute)
     policy = Policy(loaded, adapter.route, recompute=how, packed=config.data.packing)
-    result = _train(ready, folder, adapter, policy, resume)
+    rollouts = _rollouts(ready, policy, route_of(received), folder)
+    result = _train(ready, folder, adapter, policy, resume, rollouts)
     weights = layout.whole(layout.pieces) if layout.in_parts else {}
     if not is_first:
         return
@@ -275,7 +280,8 @@ class _Tuned:
     def __init__(self, adapter: Adapter, policy: Policy, trunk: Trunk | None = None) -> None:
         from tunesmith.models.stored import Stored
 
-        self.parameters = adapter.parameters
+        value = {} if policy.value is None else {f"value.{name}": one for name, one in policy.value.named_parameters()}
+        self.parameters = dict(sorted({**adapter.parameters, **value}.items()))
         self.policy = policy
         self.phases = adapter.phases
         self.on_phase = (lambda number: None) if trunk is None else trunk.begin
@@ -284,7 +290,20 @@ class _Tuned:
         self.memory, self.penalty, self.after_step = adapter.memory, adapter.penalty, adapter.after_step
 
 
-def _train(ready: _Ready, folder: RunFolder, adapter: Adapter, policy: Policy, resume: bool) -> Result:
+def _rollouts(ready: _Ready, policy: Policy, received: Route, folder: RunFolder) -> Rollouts | None:
+    """What writes for the prompts of a step, where the objective learns from that."""
+    if not ready.prepared.config.objective.samples:
+        return None
+    from tunesmith.run.rollouts import Rollouts
+
+    rollouts = Rollouts(ready.prepared, ready.loaded, policy, received, folder.path)
+    folder.record(constant=rollouts.constant())
+    return rollouts
+
+
+def _train(
+    ready: _Ready, folder: RunFolder, adapter: Adapter, policy: Policy, resume: bool, rollouts: Rollouts | None
+) -> Result:
     from tunesmith.models.trunk import Trunk
     from tunesmith.train.trainer import train
 
@@ -298,7 +317,7 @@ def _train(ready: _Ready, folder: RunFolder, adapter: Adapter, policy: Policy, r
         tuned = layout.adopt(_Tuned(adapter, policy, trunk))
         result = train(
             tuned,
-            _stream(prepared, layout.data),
+            _stream(prepared, layout.data) if rollouts is None else rollouts.stream,
             config.objective,
             config.train,
             config.precision,
@@ -306,9 +325,11 @@ def _train(ready: _Ready, folder: RunFolder, adapter: Adapter, policy: Policy, r
             total_steps=prepared.totals.steps,
             evaluate=ready.judge.during(adapter.loaded, tuned.policy) if config.evaluate.every else None,
             evaluate_every=config.evaluate.every,
-            observers=_observers(prepared, folder, stack) if layout.world.is_first else (),
+            observers=_observers(prepared, folder, stack, rollouts) if layout.world.is_first else (),
             resume=resume,
             layout=layout,
+            sample=rollouts,
+            collate=None if rollouts is None else rollouts.collate,
         )
         if trunk is not None:
             policy.trunk = None
@@ -316,11 +337,15 @@ def _train(ready: _Ready, folder: RunFolder, adapter: Adapter, policy: Policy, r
         return result
 
 
-def _observers(prepared: Prepared, folder: RunFolder, stack: ExitStack) -> list[Any]:
+def _observers(prepared: Prepared, folder: RunFolder, stack: ExitStack, rollouts: Rollouts | None) -> list[Any]:
     from tunesmith.train.log import TensorBoard
     from tunesmith.train.progress import training_progress
 
     observers: list[Any] = [stack.enter_context(training_progress(prepared.totals.steps))]
+    if rollouts is not None:
+        from tunesmith.run.watching import Shown, Signs
+
+        observers += [stack.enter_context(closing(Shown(folder.path, rollouts))), Signs()]
     if "tensorboard" in prepared.config.log:
         observers.append(stack.enter_context(closing(TensorBoard(folder.path / "tensorboard"))))
     return observers
