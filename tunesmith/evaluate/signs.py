@@ -19,15 +19,13 @@ def signs(records: Sequence[dict[str, Any]]) -> dict[str, str]:
     found = {}
     kl = _mean(_column(records, "kl")[-WINDOW:])
     if kl > FAR_NATS:
-        found["kl"] = (
-            f"the policy is {kl:.2f} nats a token away from the reference: raise objective.kl, or lower train.lr"
-        )
+        told = f"the policy is {kl:.2f} nats a token away from the reference"
+        found["kl"] = f"{told}: raise objective.kl, or lower train.lr"
     lengths = _column(records, "completion_tokens")
     before, now = _mean(lengths[:WINDOW]), _mean(lengths[-WINDOW:])
     if len(lengths) >= 2 * WINDOW and now > LONGER * before:
-        found["length"] = (
-            f"completions have grown from {before:.0f} to {now:.0f} tokens: does the reward pay for length?"
-        )
+        told = f"completions have grown from {before:.0f} to {now:.0f} tokens"
+        found["length"] = f"{told}: does the reward pay for length?"
     equal = _column(records, "equal_groups")
     if len(equal) >= WINDOW and _mean(equal[-WINDOW:]) > EQUAL:
         found["equal"] = "all completions of nearly every prompt earn the same: there is nothing left to learn from"

@@ -30,7 +30,7 @@ class PPO(Sampled):
         epochs: how often each completion is used.
         minibatches: updates that an epoch is cut into; a rollout is of that many times `train.rows_per_step` prompts.
         gamma: what a reward is worth one token earlier.
-        lam: lambda of the advantages, between what the next value says (0) and what really came (1).
+        lambda: of the advantages, between what the next value says (0) and what really came (1).
     """
 
     kind: Literal["ppo"] = "ppo"
@@ -38,7 +38,9 @@ class PPO(Sampled):
     epochs: int = Field(default=4, ge=1, le=64)  # type: ignore[assignment]
     minibatches: int = Field(default=4, ge=1, le=1024)  # type: ignore[assignment]
     gamma: float = Field(default=1.0, gt=0, le=1)
-    lam: float = Field(default=0.95, ge=0, le=1, alias="lambda")
+    # a keyword of Python, and the name that everybody knows it by
+    __annotations__["lambda"] = "float"
+    vars()["lambda"] = Field(default=0.95, ge=0, le=1)
 
     @property
     def has_values(self) -> bool:
@@ -49,8 +51,8 @@ class PPO(Sampled):
         """Advantages, whitened over all tokens of the rollout, and returns."""
         import torch
 
-        written = [one for group in groups for one in group]
-        found = [gae(self.rewards(one), _known(one.values), self.gamma, self.lam) for one in written]
+        written, lam = [one for group in groups for one in group], getattr(self, "lambda")
+        found = [gae(self.rewards(one), _known(one.values), self.gamma, lam) for one in written]
         white = whitened(torch.cat([advantages for advantages, _ in found])).split([one.actions for one in written])
         return [[Credit(one, returns)] for one, (_, returns) in zip(white, found, strict=True)]
 

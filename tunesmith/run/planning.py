@@ -27,6 +27,7 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
     """
     from torch import nn
 
+    from tunesmith.models.heads import value_head
     from tunesmith.models.policy import Policy
     from tunesmith.models.recompute import Blocks
     from tunesmith.plan.choice import cheapest
@@ -60,12 +61,16 @@ def plan_run(prepared: Prepared, *, calibrated: bool = True, chosen: dict[str, A
             sum(lengths),
             config.precision.master,
         )
-    model = loaded.model if adapter.head is None else nn.ModuleList([loaded.model, adapter.head])
+    trained = list(adapter.parameters.values())
+    if config.objective.has_values:
+        policy.value = value_head(loaded, config.train.seed)
+        trained += policy.value.parameters()
+    heads = [head for head in (adapter.head, policy.value) if head is not None]
+    model = nn.ModuleList([loaded.model, *heads]) if heads else loaded.model
     calibration = calibrate(shape, sum(lengths), compute) if calibrated else None
 
     def made(how: How | Recompute) -> Plan:
         policy.recompute(how)
-        trained = list(adapter.parameters.values())
         found = make_plan(
             model,
             shape,
@@ -125,7 +130,7 @@ def _micro_batch(prepared: Prepared) -> tuple[tuple[int, ...], float, float]:
     largest: list[Any] = []
     counts = []
     for step in islice(prepared.stream(Cursor()), 8):
-        hands = [parted(rows) for rows in deal(step, layout.data)]
+        hands = [parted(rows) for rows in deal(prepared.planned(step), layout.data)]
         counts.append(max(map(len, hands)))
         for rows in (rows for hand in hands for rows in hand):
             if sum(len(row.ids) for row in rows) > sum(len(row.ids) for row in largest):

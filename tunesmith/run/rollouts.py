@@ -22,7 +22,7 @@ from tunesmith.core.rng import seed_for
 from tunesmith.core.types import Actions, Batch
 from tunesmith.data.batch import to_batch
 from tunesmith.data.encode import Example, Prompt
-from tunesmith.data.pack import Cursor, Sizes, Step, StepStream, cut
+from tunesmith.data.pack import Cursor, Step, cut
 from tunesmith.evaluate.rewards import open_rewards
 from tunesmith.models.generate import generate
 from tunesmith.models.heads import value_head
@@ -79,8 +79,7 @@ class Rollouts:
     def stream(self, cursor: Cursor) -> Iterator[Turn]:
         """The updates from a cursor on, with prompts for rows; completions are written when an update begins."""
         start, turn = replace(cursor, turn=0), cursor.turn
-        sizes, epochs = rollout_sizes(self.prepared), self.prepared.config.train.epochs
-        for step in StepStream(self.prepared.mixture, self.prepared.example, sizes, start=start, epochs=epochs):
+        for step in self.prepared.stream(start):
             for number in range(turn, self.updates):
                 is_last = number + 1 == self.updates
                 after = step.cursor if is_last else replace(start, turn=number + 1)
@@ -105,7 +104,7 @@ class Rollouts:
         """Completions of prompts with their advantages, as they are laid out for updates."""
         written, count = self._written(prompts, place), self.objective.completions
         share = count * math.ceil(len(prompts) / self.objective.minibatches)
-        laid = [cut(some, micro_sizes(self.prepared)) for some in _parts(written, share)]
+        laid = [cut(some, self.prepared.sizes) for some in _parts(written, share)]
         known = {one.number: one for batches in laid for rows in batches for one in self._known(rows)}
         judged = [_judged(known[number]) for number in range(len(written))]
         credits_ = [credit for group in self.objective.credit(_parts(judged, count)) for credit in group]
@@ -186,26 +185,6 @@ class Rollouts:
         if self.objective.completions > 1:
             facts["equal_groups"] = sum(len({one.reward for one in group}) == 1 for group in groups) / len(groups)
         return facts
-
-
-def rollout_sizes(prepared: Prepared) -> Sizes:
-    """How many prompts a rollout has: those of all the updates that it serves once."""
-    objective, rows = prepared.config.objective, prepared.config.train.rows_per_step
-    assert isinstance(objective, Sampled)
-    assert rows is not None
-    return Sizes(rows_per_step=rows * objective.minibatches)
-
-
-def micro_sizes(prepared: Prepared) -> Sizes:
-    """The same in completions, of an update and of what is computed at once."""
-    objective, train = prepared.config.objective, prepared.config.train
-    assert isinstance(objective, Sampled)
-    assert train.rows_per_step is not None
-    count = objective.completions
-    return Sizes(
-        rows_per_step=train.rows_per_step * count,
-        micro_batch_rows=None if train.micro_batch_rows is None else train.micro_batch_rows * count,
-    )
 
 
 def _parts(values: Sequence[T], size: int) -> list[Sequence[T]]:

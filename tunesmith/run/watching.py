@@ -1,4 +1,4 @@
-"""Who watches a run that learns from its own completions: some of them on disk, and warnings as soon as there is one."""
+"""Who watches a run that learns from its own completions: some of them on disk, and warnings as they come."""
 
 from __future__ import annotations
 
