@@ -44,7 +44,7 @@ class GRPO(Sampled):
         return self.group
 
     @property
-    def epochs(self) -> int:
+    def passes(self) -> int:
         """How often each completion is used."""
         return self.iterations
 

@@ -35,12 +35,22 @@ class PPO(Sampled):
 
     kind: Literal["ppo"] = "ppo"
     kl: float = Field(default=0.05, ge=0, le=100)
-    epochs: int = Field(default=4, ge=1, le=64)  # type: ignore[assignment]
-    minibatches: int = Field(default=4, ge=1, le=1024)  # type: ignore[assignment]
+    epochs: int = Field(default=4, ge=1, le=64)
+    minibatches: int = Field(default=4, ge=1, le=1024)
     gamma: float = Field(default=1.0, gt=0, le=1)
     # a keyword of Python, and the name that everybody knows it by
     __annotations__["lambda"] = "float"
     vars()["lambda"] = Field(default=0.95, ge=0, le=1)
+
+    @property
+    def passes(self) -> int:
+        """How often each completion is used."""
+        return self.epochs
+
+    @property
+    def parts(self) -> int:
+        """Updates of an epoch."""
+        return self.minibatches
 
     @property
     def has_values(self) -> bool:

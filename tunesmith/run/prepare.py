@@ -78,7 +78,7 @@ class Prepared:
         if not isinstance(objective, Sampled):
             return self.sizes
         assert rows is not None
-        return Sizes(rows_per_step=rows * objective.minibatches)
+        return Sizes(rows_per_step=rows * objective.parts)
 
     @property
     def example(self) -> Callable[[int, int], Any]:
@@ -111,9 +111,9 @@ class Prepared:
         objective = self.config.objective
         if not isinstance(objective, Sampled):
             return read
-        rows = read.rows * objective.completions * objective.epochs
-        tokens = read.tokens * objective.completions * objective.epochs + rows * objective.answered
-        return Totals(read.steps * objective.epochs * objective.minibatches, rows, tokens, read.dropped)
+        rows = read.rows * objective.completions * objective.passes
+        tokens = read.tokens * objective.completions * objective.passes + rows * objective.answered
+        return Totals(read.steps * objective.passes * objective.parts, rows, tokens, read.dropped)
 
     def planned(self, step: Step[Any]) -> Step[Any]:
         """A step of `stream` as a plan counts it: the first update, its completions as long as they may be."""

@@ -71,7 +71,7 @@ class Rollouts:
         if objective.has_values:
             policy.value = value_head(loaded, prepared.config.train.seed)
         self.rewards = open_rewards(objective.reward)
-        self.seed, self.updates = prepared.config.train.seed, objective.epochs * objective.minibatches
+        self.seed, self.updates = prepared.config.train.seed, objective.passes * objective.parts
         self.kept = Kept(folder / "rollouts", prepared.config.train, self.updates)
         self.minibatches: Minibatches = []
         self.shown: list[Rollout] = []
@@ -103,7 +103,7 @@ class Rollouts:
     def _made(self, prompts: Sequence[Prompt], place: Cursor) -> Minibatches:
         """Completions of prompts with their advantages, as they are laid out for updates."""
         written, count = self._written(prompts, place), self.objective.completions
-        share = count * math.ceil(len(prompts) / self.objective.minibatches)
+        share = count * math.ceil(len(prompts) / self.objective.parts)
         laid = [cut(some, self.prepared.sizes) for some in _parts(written, share)]
         known = {one.number: one for batches in laid for rows in batches for one in self._known(rows)}
         judged = [_judged(known[number]) for number in range(len(written))]
