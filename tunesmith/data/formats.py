@@ -71,7 +71,7 @@ def _prompt_completion(data: dict[str, Any]) -> Dialogue:
 
 
 def _prompts(data: dict[str, Any]) -> Dialogue:
-    answers = texts(data, "answer") or ("",)
+    answers = (texts(data, "answer") if data.get("answer") else ()) or ("",)
     answer = Message("assistant", answers[0], supervised=bool(answers[0]))
     return Dialogue((Message("user", text(data, "prompt", filled=True)), answer), references=answers)
 
