@@ -53,7 +53,7 @@ def clipped(x: dict[str, np.ndarray], clip: float) -> np.ndarray:
 
 
 def test_the_loss_of_grpo_is_that_of_its_paper() -> None:
-    """DeepSeekMath eq. 3 with eq. 4, summed over tokens. Kills: a sign, a bound, a ratio upside down, KL the other way."""
+    """DeepSeekMath eq. 3 with eq. 4, summed over tokens. Kills: a sign, a bound, KL the other way."""
     batch, found = drawn()
     x = {name: value.numpy() for name, value in found.items()}
     k3 = np.exp(x["ref"] - x["now"]) - (x["ref"] - x["now"]) - 1
@@ -158,7 +158,7 @@ def test_the_reward_lands_on_the_last_token_and_leaving_the_reference_costs() ->
 
 def test_whitening_is_over_all_tokens_of_a_rollout() -> None:
     """Kills: whitening a completion at a time, which would make every one of them as good as bad."""
-    made = [Written(3, 1.0, -torch.ones(3), None, torch.zeros(3)), Written(1, 0.0, -torch.ones(1), None, torch.zeros(1))]
+    made = [Written(n, float(n > 1), -torch.ones(n), None, torch.zeros(n)) for n in (3, 1)]
     credits_ = [credit for [credit] in PPO(kl=0.0).credit([[one] for one in made])]
     assert torch.cat([credit.advantages for credit in credits_]).mean().abs() < 1e-6
     assert (credits_[0].advantages > 0).all()

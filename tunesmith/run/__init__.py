@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from tunesmith.data.pack import Cursor
     from tunesmith.models.load import Loaded
     from tunesmith.models.policy import Policy
-    from tunesmith.models.route import Route
     from tunesmith.models.trunk import Trunk
     from tunesmith.run.judging import Judge
     from tunesmith.run.rollouts import Rollouts
@@ -245,7 +244,12 @@ def _carry_out(ready: _Ready, folder: RunFolder, resume: bool, before: bool, lib
     adapter = attach(prepared, loaded, received)
     how = recomputed(config, ready.recompute)
     policy = Policy(loaded, adapter.route, recompute=how, packed=config.data.packing)
-    rollouts = _rollouts(ready, policy, route_of(received), folder)
+    rollouts = None
+    if config.objective.samples:
+        from tunesmith.run.rollouts import Rollouts
+
+        rollouts = Rollouts(prepared, loaded, policy, route_of(received), folder.path)
+        folder.record(constant=rollouts.constant())
     result = _train(ready, folder, adapter, policy, resume, rollouts)
     weights = layout.whole(layout.pieces) if layout.in_parts else {}
     if not is_first:
@@ -290,17 +294,6 @@ class _Tuned:
         self.memory, self.penalty, self.after_step = adapter.memory, adapter.penalty, adapter.after_step
 
 
-def _rollouts(ready: _Ready, policy: Policy, received: Route, folder: RunFolder) -> Rollouts | None:
-    """What writes for the prompts of a step, where the objective learns from that."""
-    if not ready.prepared.config.objective.samples:
-        return None
-    from tunesmith.run.rollouts import Rollouts
-
-    rollouts = Rollouts(ready.prepared, ready.loaded, policy, received, folder.path)
-    folder.record(constant=rollouts.constant())
-    return rollouts
-
-
 def _train(
     ready: _Ready, folder: RunFolder, adapter: Adapter, policy: Policy, resume: bool, rollouts: Rollouts | None
 ) -> Result:
@@ -343,9 +336,7 @@ def _observers(prepared: Prepared, folder: RunFolder, stack: ExitStack, rollouts
 
     observers: list[Any] = [stack.enter_context(training_progress(prepared.totals.steps))]
     if rollouts is not None:
-        from tunesmith.run.watching import Shown, Signs
-
-        observers += [stack.enter_context(closing(Shown(folder.path, rollouts))), Signs()]
+        observers += [stack.enter_context(closing(watcher)) for watcher in rollouts.watchers(folder.path)]
     if "tensorboard" in prepared.config.log:
         observers.append(stack.enter_context(closing(TensorBoard(folder.path / "tensorboard"))))
     return observers

@@ -29,6 +29,7 @@ from tunesmith.models.heads import value_head
 from tunesmith.models.route import Route
 from tunesmith.objectives.sampled import Sampled, Written
 from tunesmith.run.kept_rollouts import Kept, Minibatches, Rollout
+from tunesmith.run.watching import Shown, Signs
 
 if TYPE_CHECKING:
     from tunesmith.models.load import Loaded
@@ -134,6 +135,15 @@ class Rollouts:
             text = self.prepared.codec.decode(answer.ids).strip()
             rollouts.append(Rollout(number, example, prompt.question, text, self.reward(prompt, text), answer.stopped))
         return rollouts
+
+    def watchers(self, folder: Path) -> list[Shown | Signs]:
+        """Who sees every record of the run: what is shown of its completions is kept, and signs of trouble are told."""
+        return [Shown(folder / "rollouts.jsonl", self.taken), Signs()]
+
+    def taken(self) -> list[Rollout]:
+        """Completions to be shown, once."""
+        shown, self.shown = self.shown, []
+        return shown
 
     def constant(self, most: int = 200) -> Record:
         """The commonest answer of the first rows, and what it earns when it is said to all of them."""

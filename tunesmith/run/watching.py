@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,27 +11,29 @@ from tunesmith.evaluate.signs import signs
 from tunesmith.train.log import MetricsLog
 
 if TYPE_CHECKING:
-    from tunesmith.run.rollouts import Rollouts
+    from tunesmith.run.kept_rollouts import Rollout
 
 log = logging.getLogger(__name__)
-FILE = "rollouts.jsonl"
 
 
 class Shown:
-    """Writes some completions of every rollout to `rollouts.jsonl`, one a line; an observer of the trainer."""
+    """Writes some completions of every rollout to a file, one a line; an observer of the trainer.
 
-    def __init__(self, folder: Path, rollouts: Rollouts) -> None:
-        self.path, self.rollouts = folder / FILE, rollouts
+    Args:
+        taken: the completions that have come since it was asked last.
+    """
+
+    def __init__(self, path: Path, taken: Callable[[], Sequence[Rollout]]) -> None:
+        self.path, self.taken = path, taken
         self.lines: MetricsLog | None = None
 
     def __call__(self, record: dict[str, Any]) -> None:
-        step, shown = record["step"], self.rollouts.shown
+        step = record["step"]
         if self.lines is None:
             self.lines = MetricsLog(self.path, step - 1)  # a process before may have come further
-        for one in shown:
+        for one in self.taken():
             told = {"prompt": one.question, "completion": one.text, "reward": one.reward, "stopped": one.stopped}
             self.lines.write({"step": step, **told})
-        self.rollouts.shown = []
 
     def close(self) -> None:
         if self.lines is not None:
@@ -50,3 +53,6 @@ class Signs:
             if name not in self.told:
                 self.told.add(name)
                 log.warning("step %d: %s", record["step"], text)
+
+    def close(self) -> None:
+        """There is nothing to close."""
