@@ -41,11 +41,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(folder: Path, objective: dict[str, Any], out: str, **changes: Any) -> Config:
+    own = {"reward": f"{folder}/own.py:letters", "max_new_tokens": 6}
     raw: dict[str, Any] = {
         "model": str(folder / "model"),
         "data": {"train": str(folder / "rows.jsonl")},
         "method": {"kind": "lora", "rank": 4, "targets": ["q", "v", "up"]},
-        "objective": {"reward": f"{folder}/own.py:letters", "max_new_tokens": 6, **objective},
+        "objective": objective if objective["kind"] == "sft" else {**own, **objective},
         "train": {"steps": 6, "rows_per_step": 2, "micro_batch_rows": 1, "lr": 0.02, "save_every": 3},
         "precision": {"compute": "fp32"},
         "log": [],
@@ -181,7 +182,7 @@ def test_a_reward_that_can_be_earned_is_earned(kind: str, folder: Path) -> None:
 def test_a_run_begins_with_a_copy_of_another(folder: Path) -> None:
     """The reference is what was received, and stays. Kills: a fresh adapter; the base as reference; one that moves."""
     train = {"steps": 4, "rows_per_step": 3, "lr": 0.02}
-    first = run(config(folder, {}, "sft", objective="sft", train=train))
+    first = run(config(folder, {"kind": "sft"}, "sft", train=train))
     data = {"train": str(folder / "rows.jsonl"), "eval": str(folder / "rows.jsonl")}
     judged = {"metrics": ["loss"]}
     more = {"model": str(first), "data": data, "evaluate": judged}
