@@ -54,12 +54,16 @@ def _show_rows(dataset: Any, rows: int) -> None:
         text = Text()
         for piece in preview.pieces:
             text.append(piece.text, style="bold green" if piece.supervised else "dim" if piece.control else "")
-        learnt_tokens = "" if preview.labels else f", {preview.supervised_tokens} supervised"
+        no_learnt = preview.labels or dataset.answered
+        learnt_tokens = "" if no_learnt else f", {preview.supervised_tokens} supervised"
         console.rule(f"{preview.where}: {preview.tokens} tokens{learnt_tokens}", align="left")
         console.print(text)
         if preview.labels:
             labels = " ".join(preview.labels)
             console.print(Text.assemble(("learns to predict: ", "dim"), (labels, "bold green")))
+            continue
+        if dataset.answered:
+            console.print(Text.assemble(("writes after it: ", "dim"), f"up to {dataset.answered} tokens, rewarded"))
             continue
         # colour alone does not survive a pipe or a colour-blind reader
         learnt = "".join(piece.text for piece in preview.pieces if piece.supervised)

@@ -113,7 +113,7 @@ def say(line: str) -> None:
 
 def _check_data(folder: RunFolder, prepared: Prepared) -> None:
     before, now = folder.facts.get("data"), prepared.data_facts()
-    for part in ("train", "eval"):
+    for part in ("train", "eval", "start", "rewards"):
         old, new = (before or {}).get(part, {}).get("sha256"), now.get(part, {}).get("sha256")
         if before is not None and old != new:
             raise CheckpointError(

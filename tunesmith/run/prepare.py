@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.config import Config
 from tunesmith.core.errors import ConfigError, DataError, ModelError
-from tunesmith.core.files import read_json
+from tunesmith.core.files import read_json, sha256_file
 from tunesmith.core.problem import Problem
 from tunesmith.core.progress import progress_bar
 from tunesmith.data.codec import Codec
@@ -25,6 +25,7 @@ from tunesmith.data.labels import find_labels
 from tunesmith.data.order import Mixture
 from tunesmith.data.pack import Cursor, Sizes, Step, StepStream, Totals, count_steps
 from tunesmith.data.statistics import DataStatistics
+from tunesmith.evaluate.rewards import open_rewards
 from tunesmith.models.folder import position_limit, validate_folder
 from tunesmith.models.source import resolve
 from tunesmith.objectives.sampled import Sampled
@@ -149,10 +150,18 @@ class Prepared:
         found: dict[str, Any] = {"train": {**self.train_statistics.as_json(), "sha256": self.train.hashes}}
         if self.eval is not None and self.eval_statistics is not None:
             found["eval"] = {**self.eval_statistics.as_json(), "sha256": self.eval.hashes}
+        found |= {name: {"sha256": hashes} for name, hashes in self._hashes().items() if hashes}
         if self.problem is not None:
             return {**found, "predicts": self.problem.as_dict()}
         found["template"] = {"name": self.train.template.name, "sha256": self.train.template.sha256}
         return found
+
+    def _hashes(self) -> dict[str, dict[str, str]]:
+        """SHA-256 of what else a run depends on, by file: the adapter it begins with, functions that reward."""
+        start = {} if self.start is None else {str(self.start): sha256_file(self.start / "adapter_model.safetensors")}
+        objective = self.config.objective
+        rewards = open_rewards(objective.reward) if isinstance(objective, Sampled) else []
+        return {"start": start, "rewards": {file: sha256_file(file) for one in rewards for file in one.files}}
 
 
 def prepare(config: Config) -> Prepared:

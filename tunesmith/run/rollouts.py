@@ -114,14 +114,14 @@ class Rollouts:
 
     def _written(self, prompts: Sequence[Prompt], place: Cursor) -> list[Rollout]:
         """The completions of each prompt, one prompt after the other, rewarded."""
-        objective, template = self.objective, self.prepared.train.template_of(prompts[0].dialogue)
+        objective, dataset = self.objective, self.prepared.train
         asked = [prompt for prompt in prompts for _ in range(objective.completions)]
         found = generate(
             self.loaded,
             self.policy.route,
             [prompt.ids for prompt in asked],
             max_new_tokens=objective.max_new_tokens,
-            stop_ids=set(template.stop_ids),
+            stop_ids={stop for prompt in prompts for stop in dataset.template_of(prompt.dialogue).stop_ids},
             temperature=objective.temperature,
             seed=seed_for(self.seed, "rollouts", place.epoch, place.position),
             batch_size=AT_ONCE,
