@@ -176,10 +176,10 @@ class Rollouts:
     def collate(rows: Sequence[Rollout]) -> Batch:
         """Completions as a batch, with what is known of their tokens."""
         batch = to_batch([one.example for one in rows])
-        if rows[0].advantages is None:
-            return batch
-        held = {name: [getattr(one, name) for one in rows] for name in Actions.__dataclass_fields__}
-        return replace(batch, actions=Actions(**{k: None if v[0] is None else torch.cat(v) for k, v in held.items()}))
+        names = ("advantages", "old", "reference", "values", "returns")
+        laid = {name: [getattr(one, name) for one in rows] for name in names}
+        joined: Any = {name: None if held[0] is None else torch.cat(held) for name, held in laid.items()}
+        return batch if joined["advantages"] is None else replace(batch, actions=Actions(**joined))
 
     def _facts(self) -> Record:
         """What the log has of a rollout: means over its completions; some of them are taken to be shown."""

@@ -64,7 +64,7 @@ def train(
     resume: bool = False,
     layout: Layout | None = None,
     collate: Callable[[list[Any]], Batch] | None = None,
-    sample: Callable[[Step, int], tuple[Step, Record]] | None = None,
+    sample: Callable[[Any, int], tuple[Step, Record]] | None = None,
 ) -> Result:
     """Trains until a reason to end, leaving checkpoints and metrics.jsonl in `folder`, and answers how it ended.
 
@@ -106,7 +106,7 @@ class _Run:
     examiner: Examiner
     observers: list[Callable[[Record], None]]
     collate: Callable[[list[Any]], Batch]
-    sample: Callable[[Step, int], tuple[Step, Record]] | None
+    sample: Callable[[Any, int], tuple[Step, Record]] | None
     metrics: MetricsLog
     signals: Signals
 
@@ -390,5 +390,6 @@ class _Run:
             step=state.step, reason=state.reason, weights_step=self.weights_step, best_value=state.best_value,
             tokens=state.tokens, supervised_tokens=state.supervised_tokens, rows=state.rows,
             dropped=dict(state.dropped), seconds=self.seconds(),
-            peak_bytes=int(self.world.most(peak_bytes(self.device))), resumed_step=self.resumed_step, ranks=self.world.told(held | self.layout.facts()),
+            peak_bytes=int(self.world.most(peak_bytes(self.device))),
+            resumed_step=self.resumed_step, ranks=self.world.told(held | self.layout.facts()),
         )  # fmt: skip
