@@ -23,6 +23,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "messages": {"messages": [{"role": "user", "content": "Add 1 and 2"}, {"role": "assistant", "content": "3"}]},
     "sharegpt": {"conversations": [{"from": "human", "value": "Add 1 and 2"}, {"from": "gpt", "value": "3"}]},
     "prompt_completion": {"prompt": "1 + 2 =", "completion": " 3", "references": [" 3", " three"]},
+    "prompts": {"prompt": "1 + 2?", "answer": ["3", "three"]},
     "text": {"text": "One and two are three."},
     "labelled": {"text": "It was fun.", "text_pair": "It was good.", "label": "entailment"},
     "tagged": {"tokens": ["It", "was", "fun"], "labels": ["PRON", "VERB", "ADJ"]},
@@ -67,6 +68,19 @@ def test_each_format_is_found_by_its_keys_and_converts(name: str) -> None:
     made = convert(row, name, "a.jsonl:1")
     assert isinstance(made, KINDS.get(name, Dialogue))
     assert made.where == "a.jsonl:1"
+
+
+def test_prompts_have_answers_to_compare_with_or_none() -> None:
+    """Kills: an answer that is learnt although there is none; a row of pairs that is taken for a prompt."""
+    made = convert(EXAMPLES["prompts"], "prompts", "a.jsonl:1")
+    assert isinstance(made, Dialogue)
+    assert made.answers == ("3", "three")
+    assert roles(made) == ["user", "assistant"]
+    bare = convert({"prompt": "1 + 2?"}, "prompts", "a.jsonl:1")
+    assert isinstance(bare, Dialogue)
+    assert (bare.completion, bare.messages[-1].supervised) == ("", False)
+    assert fits({"prompt": "1 + 2?", "chosen": "3", "rejected": "4"}) is None
+    assert fits({"prompt": "1 + 2?", "answers": ["3"], "ranks": [1]}) is None
 
 
 def test_the_formats_of_instructions_keep_instruction_and_context_apart() -> None:

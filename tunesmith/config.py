@@ -20,6 +20,7 @@ from tunesmith.core.section import Section
 from tunesmith.core.yaml import read_yaml, read_yaml_text
 from tunesmith.data.section import DataSection
 from tunesmith.evaluate.metrics import OF_PROBLEM
+from tunesmith.evaluate.rewards import open_rewards
 from tunesmith.evaluate.section import EvaluateSection
 from tunesmith.objectives.objective import Objective
 from tunesmith.objectives.objectives import OBJECTIVES
@@ -170,6 +171,8 @@ def contradictions(config: Config, where: str) -> list[ConfigError]:
     if config.objective.needs_reference and config.method.trains_all:
         told = f"compares with the model as it was, and method {config.method.kind} changes that model itself"
         say("objective", told, "set method to lora or top_layers, or objective to {kind: dpo, loss: orpo}")
+    if config.objective.samples:
+        found += _unfit_for_samples(config, where)
     stop = config.train.stop
     if stop is not None and not judged.every:
         say("train.stop", "needs evaluations during training", "set evaluate.every to a number of steps")
@@ -200,6 +203,27 @@ def _unfit_for_labels(config: Config, where: str) -> list[ConfigError]:
         does = "asks for no answers" if objective.compares else "renders no prompts"
         told = f"has no effect with objective: {objective.kind}, which {does}"
         found.append(ConfigError(told, where=f"{where}: {key}", hint="leave it out"))
+    return found
+
+
+def _unfit_for_samples(config: Config, where: str) -> list[ConfigError]:
+    """What cannot be with an objective over the model's own completions, or has no effect there."""
+    objective: Any = config.objective
+    told = [
+        (not config.train.rows_per_step, "train.rows_per_step", "counts prompts and is needed: completions have no "
+         "length before they are written", "for instance rows_per_step: 8, micro_batch_rows: 4"),
+        (bool(getattr(config.method, "dropout", 0)), "method.dropout", "the policy that learns would be another than "
+         "the one that wrote", "set it to 0"),
+        (bool(objective.kl) and config.method.trains_all, "objective.kl", f"{config.method.kind} changes the model "
+         "itself: there is no reference beside it", "set it to 0, or method to lora"),
+        (config.layout.processes > 1, "layout", f"{objective.kind} runs in one process", "leave it out"),
+        (bool(config.train.cache_trunk), "train.cache_trunk", "completions are new in every step", "leave it out"),
+    ]  # fmt: skip
+    found = [ConfigError(text, where=f"{where}: {key}", hint=hint) for wrong, key, text, hint in told if wrong]
+    try:
+        open_rewards(objective.reward, f"{where}: objective.reward")
+    except ConfigError as error:
+        found.append(error)
     return found
 
 

@@ -50,7 +50,8 @@ def _show_rows(dataset: Any, rows: int) -> None:
         text = Text()
         for piece in preview.pieces:
             text.append(piece.text, style="bold green" if piece.supervised else "dim" if piece.control else "")
-        learnt_tokens = "" if preview.labels else f", {preview.supervised_tokens} supervised"
+        no_learnt = preview.labels or dataset.answered
+        learnt_tokens = "" if no_learnt else f", {preview.supervised_tokens} supervised"
         rank = f", {preview.rank}" if preview.rank else ""
         console.rule(f"{preview.where}{rank}: {preview.tokens} tokens{learnt_tokens}", align="left")
         console.print(text)
@@ -59,6 +60,9 @@ def _show_rows(dataset: Any, rows: int) -> None:
             console.print(Text.assemble(("learns to predict: ", "dim"), (labels, "bold green")))
             continue
         if preview.rank and not preview.supervised_tokens:  # an encoder reads an answer to score it
+            continue
+        if dataset.answered:
+            console.print(Text.assemble(("writes after it: ", "dim"), f"up to {dataset.answered} tokens, rewarded"))
             continue
         # colour alone does not survive a pipe or a colour-blind reader
         learnt = "".join(piece.text for piece in preview.pieces if piece.supervised)

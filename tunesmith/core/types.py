@@ -36,7 +36,8 @@ class Actions:
 
     def to(self, device: torch.device | str) -> Actions:
         """The same on another device."""
-        return Actions(**{name: None if held is None else held.to(device) for name, held in vars(self).items()})
+        moved = {name: held.to(device) for name, held in vars(self).items() if held is not None}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,8 @@ def _as_they_are(files: list[Path], is_test: IsTest) -> Rows:
 def _tool_calls(files: list[Path], is_test: IsTest) -> Rows:
     """Whole conversations with a function call for training; for testing one row a call, only the call to judge.
 
+    `calls` are the conversations for training once more, as those for testing: prompts that a call answers.
+
     Conversations that open with the same words are on one side: a few openings come back with other names for
     the same function. Those without a call teach nothing about calling, and repeats are left out.
     """
@@ -138,12 +140,13 @@ def _tool_calls(files: list[Path], is_test: IsTest) -> Rows:
             continue
         test = is_test(raw["conversations"][0]["value"].casefold().strip())
         offset = len(found.messages) - len(raw["conversations"])  # 1 with a system turn
-        ends = [at + offset + 1 for at in places] if test else [len(found.messages)]
-        for end in ends:
-            row = {"messages": _turns(found, end, last_only=test)}
-            if (key := canonical_json(row)) not in seen:
+        ends = [at + offset + 1 for at in places]
+        cut = [("test" if test else "calls", {"messages": _turns(found, end, last_only=True)}) for end in ends]
+        whole = [] if test else [("train", {"messages": _turns(found, len(found.messages), last_only=False)})]
+        for part, row in (*whole, *cut):
+            if (key := part + canonical_json(row)) not in seen:
                 seen.add(key)
-                yield _part(test), row
+                yield part, row
 
 
 def _turns(found: Dialogue, end: int, last_only: bool) -> list[dict[str, Any]]:
@@ -218,7 +221,7 @@ BUNDLED: dict[str, Bundled] = {
     "toolcall-demo": Bundled(
         _LLAMAFACTORY, (f"{_DEMO}glaive_toolcall_en_demo.json",), _tool_calls, "messages",
         # the smallest share that leaves a hundred calls to judge on
-        "conversations with function calls; the test rows are single calls", 0.62,
+        "conversations with function calls; the test rows are single calls", 0.62, (*PARTS, "calls"),
     ),
     "dpo-demo": Bundled(
         _LLAMAFACTORY, (f"{_DEMO}dpo_en_demo.json",), _as_they_are, "auto",

@@ -72,7 +72,7 @@ def _prompt_completion(data: dict[str, Any]) -> Dialogue:
 
 
 def _prompts(data: dict[str, Any]) -> Dialogue:
-    answers = texts(data, "answer") or ("",)
+    answers = (texts(data, "answer") if data.get("answer") else ()) or ("",)
     answer = Message("assistant", answers[0], supervised=bool(answers[0]))
     return Dialogue((Message("user", text(data, "prompt", filled=True)), answer), references=answers)
 
@@ -132,7 +132,10 @@ FORMATS: dict[str, Format] = {
         ("prompt", "completion"), _prompt_completion, ("references", "table"), ("chosen", "rejected", "label")
     ),
     "prompts": Format(
-        ("prompt",), _prompts, ("answer",), ("chosen", "rejected", "label", "completion", "response", "output", "answers", "text")
+        ("prompt",),
+        _prompts,
+        ("answer",),
+        ("chosen", "rejected", "label", "completion", "response", "output", "answers", "text"),
     ),
     "labelled": Format(("text", "label"), _labelled, ("text_pair",)),
     "tagged": Format(("tokens", "labels"), _tagged),

@@ -53,6 +53,7 @@ def _read(folder: Path) -> story.Files:
         records=records,
         broken_records=broken,
         samples=samples,
+        rollouts=_records(folder / "rollouts.jsonl")[0],
         scores=_json(folder / "eval.json"),
         plan=_json(folder / "plan.json"),
         run=_json(folder / "run.json"),

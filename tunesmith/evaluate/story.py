@@ -18,6 +18,7 @@ from markupsafe import Markup
 from tunesmith.core.amounts import in_bytes, in_count, in_time
 from tunesmith.core.visible import visible
 from tunesmith.evaluate import plots
+from tunesmith.evaluate.own_writing import FOLLOWED, written
 from tunesmith.evaluate.pair_charts import pair_charts
 from tunesmith.evaluate.verdict import headline, listed, mapping, metric_name, number, score, score_tables
 
@@ -34,6 +35,7 @@ class Files:
         config_text, config: config.yaml as written and as read.
         records, broken_records: of metrics.jsonl, and how many of its lines could not be read.
         samples: rows of samples.jsonl.
+        rollouts: of rollouts.jsonl, completions that were learnt from.
         scores, plan, run: eval.json, plan.json, run.json.
     """
 
@@ -43,6 +45,7 @@ class Files:
     records: list[dict[str, Any]] = field(default_factory=list)
     broken_records: int = 0
     samples: list[dict[str, Any]] = field(default_factory=list)
+    rollouts: list[dict[str, Any]] = field(default_factory=list)
     scores: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
@@ -65,6 +68,7 @@ def tell(files: Files) -> dict[str, Any]:
         "broken_records": files.broken_records,
         "tables": tables,
         "samples": [sample(row) for row in files.samples],
+        "written": written(files.rollouts, files.run.get("constant"), files.records),
         "planned": planned(files),
         "parts": memory_parts(files),
         "data": [data_part(name, found) for name, found in mapping(files.run.get("data")).items()],
@@ -89,6 +93,8 @@ def charts(files: Files) -> list[dict[str, Any]]:
         name = metric_name(key[5:])
         if key != "eval_loss" and not key.endswith(("_seconds", "_per_second", "_bytes")):
             found.append((f"Held-out {name}", _chart(files, key, name, score)))
+    for key, (title, name) in FOLLOWED.items():
+        found.append((title, _chart(files, key, name, score)))
     found.append(("Gradient norm", _chart(files, "grad_norm", "gradient norm", score)))
     found.append(("Tokens per second", _chart(files, "tokens_per_second", "tokens per second", in_count)))
     told = [{"name": name, "picture": picture} for name, picture in found if picture]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +38,12 @@ class Completion:
     Attributes:
         ids: new tokens, without the stop token.
         stopped: it ended with a stop token, rather than at the limit.
+        end: that token.
     """
 
     ids: list[int]
     stopped: bool
+    end: int | None = field(default=None, compare=False)
 
 
 def generate(
@@ -216,7 +218,7 @@ class _Writer:
     def completion(self, ids: list[int]) -> Completion:
         """What was written, without the stop token."""
         stopped = bool(ids) and ids[-1] in self.stops
-        return Completion(ids[:-1] if stopped else ids, stopped)
+        return Completion(ids[:-1], True, ids[-1]) if stopped else Completion(ids, False)
 
     def _table_size(self) -> int | None:
         """Positions of a model that learns one vector each; None where positions are computed."""

@@ -83,6 +83,17 @@ def attach_head(loaded: Loaded, name: str) -> Head | None:
     return head
 
 
+def value_head(loaded: Loaded, seed: int) -> Head:
+    """A head that says of each token what is still to be earned; it begins at 0 everywhere.
+
+    It belongs to a run and not to an adapter: nothing that a run leaves behind has it.
+    """
+    device = next(loaded.model.parameters()).device
+    head = Head(Problem("regression", (), seed), "token", head_width(loaded.config), device)
+    nn.init.zeros_(head.weight)
+    return head
+
+
 def pooling_of(family: Family, problem: Problem) -> str:
     """How a family's states become one for a document."""
     return "token" if problem.kind == "tokens" else POOLING[family.kind]

@@ -80,7 +80,7 @@ class Policy:
         return other
 
     def at(self, temperature: float) -> Policy:
-        """The same model with its logits divided by a temperature. Raises ConfigError where they are the model's own."""
+        """The same model, its logits divided by a temperature. Raises ConfigError where it makes them itself."""
         if temperature == 1.0:
             return self
         if not self.family.head:

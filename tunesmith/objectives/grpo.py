@@ -27,9 +27,9 @@ class GRPO(Sampled):
 
     Attributes:
         group: completions of a prompt.
-        advantage: `group` is (r - mean) / deviation (Shao et al. 2024, arXiv 2402.03300, section 4.1.2); `rloo` is r less
-            the mean of the others (Ahmadian et al. 2024, arXiv 2402.14740), which does not make prompts count more
-            on which nearly all completions earn the same (Liu et al. 2025, arXiv 2503.20783).
+        advantage: `group` is (r - mean) / deviation (Shao et al. 2024, arXiv 2402.03300, section 4.1.2); `rloo` is r
+            less the mean of the others (Ahmadian et al. 2024, arXiv 2402.14740): prompts on which nearly all
+            completions earn the same do not count more (Liu et al. 2025, arXiv 2503.20783).
         iterations: updates that use the same completions; from the second on `clip` acts.
     """
 
@@ -44,7 +44,7 @@ class GRPO(Sampled):
         return self.group
 
     @property
-    def epochs(self) -> int:
+    def passes(self) -> int:
         """How often each completion is used."""
         return self.iterations
 

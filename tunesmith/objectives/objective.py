@@ -75,6 +75,11 @@ class Objective(Section):
         """Whether it learns from what the model writes itself (`sampled.Sampled`)."""
         return self.answered > 0
 
+    @property
+    def has_values(self) -> bool:
+        """Whether a value head learns to expect the reward."""
+        return False
+
     def check(self, config: dict[str, Any]) -> None:
         """Finds a model that this cannot train, from its config.json alone, without torch. Raises ConfigError."""
 

@@ -100,12 +100,12 @@ class Sampled(Objective):
         return 1
 
     @property
-    def minibatches(self) -> int:
-        """Updates in which each completion is used once."""
+    def parts(self) -> int:
+        """Updates that one pass over the completions of a rollout is cut into."""
         return 1
 
     @property
-    def epochs(self) -> int:
+    def passes(self) -> int:
         """How often each completion is used."""
         return 1
 
@@ -117,7 +117,7 @@ class Sampled(Objective):
     @property
     def needs_old(self) -> bool:
         """Whether log-probabilities have to be known before the first update."""
-        return self.epochs * self.minibatches > 1
+        return self.passes * self.parts > 1
 
     def check(self, config: dict[str, Any]) -> None:
         """Refuses what does not write from left to right. Raises ConfigError."""

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tunesmith.models.policy import Policy
     from tunesmith.models.trunk import Trunk
     from tunesmith.run.judging import Judge
+    from tunesmith.run.rollouts import Rollouts
     from tunesmith.train.tuned import Result
 
 
@@ -116,7 +117,7 @@ def say(line: str) -> None:
 
 def _check_data(folder: RunFolder, prepared: Prepared) -> None:
     before, now = folder.facts.get("data"), prepared.data_facts()
-    for part in ("train", "eval"):
+    for part in ("train", "eval", "start", "rewards"):
         old, new = (before or {}).get(part, {}).get("sha256"), now.get(part, {}).get("sha256")
         if before is not None and old != new:
             raise CheckpointError(
@@ -237,16 +238,24 @@ def _carry_out(ready: _Ready, folder: RunFolder, resume: bool, before: bool, lib
     from tunesmith.evaluate.report import write_report
     from tunesmith.models.policy import Policy
     from tunesmith.run.planning import recomputed
+    from tunesmith.run.starting import attach, receive, route_of
 
     prepared, loaded, judge, layout = ready.prepared, ready.loaded, ready.judge, ready.layout
     config, is_first = prepared.config, layout.world.is_first
     say(_started(libraries))
+    received = receive(prepared, loaded)
     if before and is_first:
-        judge.before(loaded)
-    adapter = config.method.attach(loaded, seed=config.train.seed)
+        judge.before(loaded, route_of(received))
+    adapter = attach(prepared, loaded, received)
     how = recomputed(config, ready.recompute)
     policy = Policy(loaded, adapter.route, recompute=how, packed=config.data.packing)
-    result = _train(ready, folder, adapter, policy, resume)
+    rollouts = None
+    if config.objective.samples:
+        from tunesmith.run.rollouts import Rollouts
+
+        rollouts = Rollouts(prepared, loaded, policy, route_of(received), folder.path)
+        folder.record(constant=rollouts.constant())
+    result = _train(ready, folder, adapter, policy, resume, rollouts)
     weights = layout.whole(layout.pieces) if layout.in_parts else {}
     if not is_first:
         return
@@ -280,7 +289,8 @@ class _Tuned:
     def __init__(self, adapter: Adapter, policy: Policy, trunk: Trunk | None = None) -> None:
         from tunesmith.models.stored import Stored
 
-        self.parameters = adapter.parameters
+        value = {} if policy.value is None else {f"value.{name}": one for name, one in policy.value.named_parameters()}
+        self.parameters = dict(sorted({**adapter.parameters, **value}.items()))
         self.policy = policy
         self.phases = adapter.phases
         self.on_phase = (lambda number: None) if trunk is None else trunk.begin
@@ -289,7 +299,9 @@ class _Tuned:
         self.memory, self.penalty, self.after_step = adapter.memory, adapter.penalty, adapter.after_step
 
 
-def _train(ready: _Ready, folder: RunFolder, adapter: Adapter, policy: Policy, resume: bool) -> Result:
+def _train(
+    ready: _Ready, folder: RunFolder, adapter: Adapter, policy: Policy, resume: bool, rollouts: Rollouts | None
+) -> Result:
     from tunesmith.models.trunk import Trunk
     from tunesmith.train.trainer import train
 
@@ -303,7 +315,7 @@ def _train(ready: _Ready, folder: RunFolder, adapter: Adapter, policy: Policy, r
         tuned = layout.adopt(_Tuned(adapter, policy, trunk))
         result = train(
             tuned,
-            _stream(prepared, layout.data),
+            _stream(prepared, layout.data) if rollouts is None else rollouts.stream,
             config.objective,
             config.train,
             config.precision,
@@ -311,9 +323,11 @@ def _train(ready: _Ready, folder: RunFolder, adapter: Adapter, policy: Policy, r
             total_steps=prepared.totals.steps,
             evaluate=ready.judge.during(adapter.loaded, tuned.policy) if config.evaluate.every else None,
             evaluate_every=config.evaluate.every,
-            observers=_observers(prepared, folder, stack) if layout.world.is_first else (),
+            observers=_observers(prepared, folder, stack, rollouts) if layout.world.is_first else (),
             resume=resume,
             layout=layout,
+            sample=rollouts,
+            collate=None if rollouts is None else rollouts.collate,
         )
         if trunk is not None:
             policy.trunk = None
@@ -321,11 +335,13 @@ def _train(ready: _Ready, folder: RunFolder, adapter: Adapter, policy: Policy, r
         return result
 
 
-def _observers(prepared: Prepared, folder: RunFolder, stack: ExitStack) -> list[Any]:
+def _observers(prepared: Prepared, folder: RunFolder, stack: ExitStack, rollouts: Rollouts | None) -> list[Any]:
     from tunesmith.train.log import TensorBoard
     from tunesmith.train.progress import training_progress
 
     observers: list[Any] = [stack.enter_context(training_progress(prepared.totals.steps))]
+    if rollouts is not None:
+        observers += [stack.enter_context(closing(watcher)) for watcher in rollouts.watchers(folder.path)]
     if "tensorboard" in prepared.config.log:
         observers.append(stack.enter_context(closing(TensorBoard(folder.path / "tensorboard"))))
     return observers

@@ -54,19 +54,21 @@ class Judge:
             section = self.section
             self.exam = Exam(prepared.eval, section.metrics, section.generate, section.rows)
 
-    def before(self, loaded: Loaded) -> None:
-        """The untuned model, with and without solved examples, and the two answers that need no model."""
-        from tunesmith.models.route import BASE
+    def before(self, loaded: Loaded, route: Route) -> None:
+        """The untuned model, with and without solved examples, and the two answers that need no model.
 
+        Args:
+            route: of the model as the run received it.
+        """
         if self.exam is None or not self.section.metrics or self._recall():
             return
         exam, codec = self.exam, self.prepared.codec
-        scores, answers = exam.sit(loaded, BASE, codec, title="before tuning:")
+        scores, answers = exam.sit(loaded, route, codec, title="before tuning:")
         self._enter("untuned", scores, answers)
         if exam.spoken:
             if self.section.shots:
                 shots = choose_shots(self.prepared.train, self.section.shots, exam.dialogues)
-                scores, answers = exam.sit(loaded, BASE, codec, shots, title=f"with {len(shots)} examples:")
+                scores, answers = exam.sit(loaded, route, codec, shots, title=f"with {len(shots)} examples:")
                 self._enter(f"untuned, {len(shots)} shots", scores, answers)
             constant = constant_answers(exam, self.prepared.train)
             self._enter(CONSTANT, exam.score(constant), constant)

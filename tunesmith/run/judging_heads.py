@@ -41,7 +41,7 @@ class HeadJudge(Judge):
     def asked(self) -> Asked | None:
         return self.labels
 
-    def before(self, loaded: Loaded) -> None:
+    def before(self, loaded: Loaded, route: Route) -> None:
         """The base with a fresh head, and the answer that needs no model."""
         from tunesmith.models.heads import fresh_head
         from tunesmith.models.policy import Policy

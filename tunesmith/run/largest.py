@@ -38,7 +38,7 @@ def largest(prepared: Prepared, policy: Policy, shape: ModelShape) -> tuple[tupl
 
     found: dict[Place, list[list[Any]]] = {}
     for number, step in enumerate(islice(prepared.stream(Cursor()), min(STEPS, prepared.totals.steps))):
-        hands = [parted(rows) for rows in deal(step, layout.data)]
+        hands = [parted(rows) for rows in deal(prepared.planned(step), layout.data)]
         counts.append(max(map(len, hands)))
         for hand in hands:
             for place, rows in enumerate(hand):
@@ -67,7 +67,7 @@ def padding_share(prepared: Prepared) -> float:
     """Of the places in the first steps' micro-batches, were each row as long as the longest, the empty ones."""
     tokens = places = 0
     for step in islice(prepared.stream(Cursor()), min(STEPS, prepared.totals.steps)):
-        for rows in step.micro_batches:
+        for rows in prepared.planned(step).micro_batches:
             lengths = [len(row.ids) for row in rows]
             tokens, places = tokens + sum(lengths), places + len(lengths) * max(lengths)
     return 1 - tokens / max(1, places)

@@ -68,7 +68,7 @@ def measure_base(config: Config, forgetting: str | None) -> dict[str, Any]:
     RunFolder(config.out).write_config(config)
     loaded = load(str(prepared.folder), dtype=resolve(config.precision), base=config.precision.base)
     judge = judge_of(prepared, Path(config.out))
-    judge.before(loaded)
+    judge.before(loaded, BASE)
     found: dict[str, Any] = {
         "models": judge.models,
         "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),

@@ -39,6 +39,7 @@ def plan_run(
     import torch
     from torch import nn
 
+    from tunesmith.models.heads import value_head
     from tunesmith.models.policy import Policy
     from tunesmith.models.recompute import Blocks
     from tunesmith.plan.calibration import calibrate
@@ -77,7 +78,12 @@ def plan_run(
             sum(lengths),
             config.precision.master,
         )
-    model = loaded.model if adapter.head is None else nn.ModuleList([loaded.model, adapter.head])
+    trained = list(adapter.parameters.values())
+    if config.objective.has_values:
+        policy.value = value_head(loaded, config.train.seed)
+        trained += policy.value.parameters()
+    heads = [head for head in (adapter.head, policy.value) if head is not None]
+    model = nn.ModuleList([loaded.model, *heads]) if heads else loaded.model
     speed = (calibration or calibrate(shape, sum(lengths), compute)) if calibrated else None
 
     def made(how: How | Recompute) -> Plan:
@@ -88,7 +94,6 @@ def plan_run(
             with offload.forward():
                 return config.objective.loss(policy, batch).total
 
-        trained = list(adapter.parameters.values())
         found = make_plan(
             model,
             shape,

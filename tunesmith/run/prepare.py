@@ -8,24 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.config import Config
 from tunesmith.core.errors import ConfigError, DataError, ModelError
-from tunesmith.core.files import read_json
+from tunesmith.core.files import read_json, sha256_file
 from tunesmith.core.problem import CLASSES, Comparison, Problem
 from tunesmith.core.progress import progress_bar
 from tunesmith.data.codec import Codec
 from tunesmith.data.dataset import Dataset, open_data
+from tunesmith.data.encode import Example
 from tunesmith.data.labels import find_labels
 from tunesmith.data.order import Mixture
-from tunesmith.data.pack import Cursor, Sizes, StepStream, Totals, count_steps
+from tunesmith.data.pack import Cursor, Sizes, Step, StepStream, Totals, count_steps
 from tunesmith.data.statistics import DataStatistics
+from tunesmith.evaluate.rewards import open_rewards
 from tunesmith.models.folder import position_limit, validate_folder
 from tunesmith.models.source import resolve
+from tunesmith.objectives.sampled import Sampled
 from tunesmith.parallel.limits import check_model
 from tunesmith.run.opening import find
 from tunesmith.run.starting import check_start
@@ -62,9 +65,21 @@ class Prepared:
 
     @cached_property
     def sizes(self) -> Sizes:
-        """Sizes of steps and micro-batches."""
+        """Sizes of steps and micro-batches; in completions, where the model writes some for each row."""
         names = ("tokens_per_step", "rows_per_step", "micro_batch_tokens", "micro_batch_rows")
-        return Sizes(**{name: getattr(self.config.train, name) for name in names})
+        asked = {name: getattr(self.config.train, name) for name in names}
+        objective = self.config.objective
+        count = objective.completions if isinstance(objective, Sampled) else 1
+        return Sizes(**{name: None if size is None else size * count for name, size in asked.items()})
+
+    @cached_property
+    def read_sizes(self) -> Sizes:
+        """How many rows are read at a time: those of a step, or of all updates that use the completions once."""
+        objective, rows = self.config.objective, self.config.train.rows_per_step
+        if not isinstance(objective, Sampled):
+            return self.sizes
+        assert rows is not None
+        return Sizes(rows_per_step=rows * objective.parts)
 
     @property
     def example(self) -> Callable[[int, int], Any]:
@@ -84,17 +99,41 @@ class Prepared:
             with progress(len(self.train), "encoding rows") as report:
                 self.train.keep_all(report)  # counting and every epoch then read them
             with progress(len(self.train) * settings.epochs, "counting steps") as report:
-                return count_steps(self.mixture, self.example, self.sizes, settings.epochs, report)
+                return self._written(count_steps(self.mixture, self.example, self.read_sizes, settings.epochs, report))
         assert settings.steps is not None
         found = self.train_statistics
         mean = found.tokens / max(1, found.kept)
-        rows = settings.rows_per_step or max(1.0, (settings.tokens_per_step or mean) / mean)
+        rows = self.sizes.rows_per_step or max(1.0, (settings.tokens_per_step or mean) / mean)
+        mean += self.config.objective.answered
         return Totals(settings.steps, round(settings.steps * rows), round(settings.steps * rows * mean), {})
+
+    def _written(self, read: Totals) -> Totals:
+        """The same in updates and in the longest completions, where rows are prompts."""
+        objective = self.config.objective
+        if not isinstance(objective, Sampled):
+            return read
+        rows = read.rows * objective.completions * objective.passes
+        tokens = read.tokens * objective.completions * objective.passes + rows * objective.answered
+        return Totals(read.steps * objective.passes * objective.parts, rows, tokens, read.dropped)
+
+    def planned(self, step: Step[Any]) -> Step[Any]:
+        """A step of `stream` as a plan counts it: the first update, its completions as long as they may be."""
+        objective = self.config.objective
+        if not isinstance(objective, Sampled):
+            return step
+        prompts = [row for rows in step.micro_batches for row in rows][: self.config.train.rows_per_step]
+        longest = objective.answered
+        rows = [
+            Example([*prompt.ids, *[0] * longest], [False] * len(prompt.ids) + [True] * longest)
+            for prompt in prompts
+            for _ in range(objective.completions)
+        ]
+        return replace(step, micro_batches=[rows])
 
     def stream(self, cursor: Cursor) -> Iterator[Any]:
         """The steps from a cursor on."""
         epochs = self.config.train.epochs
-        return iter(StepStream(self.mixture, self.example, self.sizes, start=cursor, epochs=epochs))
+        return iter(StepStream(self.mixture, self.example, self.read_sizes, start=cursor, epochs=epochs))
 
     def lines(self) -> list[str]:
         """What a person wants to know first."""
@@ -111,10 +150,18 @@ class Prepared:
         found: dict[str, Any] = {"train": {**self.train_statistics.as_json(), "sha256": self.train.hashes}}
         if self.eval is not None and self.eval_statistics is not None:
             found["eval"] = {**self.eval_statistics.as_json(), "sha256": self.eval.hashes}
+        found |= {name: {"sha256": hashes} for name, hashes in self._hashes().items() if hashes}
         if self.problem is not None:
             return {**found, "predicts": self.problem.as_dict()}
         found["template"] = {"name": self.train.template.name, "sha256": self.train.template.sha256}
         return found
+
+    def _hashes(self) -> dict[str, dict[str, str]]:
+        """SHA-256 of what else a run depends on, by file: the adapter it begins with, functions that reward."""
+        start = {} if self.start is None else {str(self.start): sha256_file(self.start / "adapter_model.safetensors")}
+        objective = self.config.objective
+        rewards = open_rewards(objective.reward) if isinstance(objective, Sampled) else []
+        return {"start": start, "rewards": {file: sha256_file(file) for one in rewards for file in one.files}}
 
 
 def prepare(config: Config) -> Prepared:

@@ -16,6 +16,7 @@ from tunesmith.core.files import read_json
 if TYPE_CHECKING:
     from tunesmith.adapt.adapter import Adapter
     from tunesmith.models.load import Loaded
+    from tunesmith.models.route import Route
     from tunesmith.run.prepare import Prepared
 
 RECEIVED = "received"
@@ -50,6 +51,13 @@ def receive(prepared: Prepared, loaded: Loaded) -> Adapter | None:
     from tunesmith.adapt.store import load_adapter
 
     return load_adapter(loaded, prepared.start, RECEIVED)
+
+
+def route_of(received: Adapter | None) -> Route:
+    """The model as the run received it."""
+    from tunesmith.models.route import BASE
+
+    return BASE if received is None else received.route
 
 
 def attach(prepared: Prepared, loaded: Loaded, received: Adapter | None) -> Adapter:

@@ -64,7 +64,7 @@ def train(
     resume: bool = False,
     layout: Layout | None = None,
     collate: Callable[[list[Any]], Batch] | None = None,
-    sample: Callable[[Step, int], tuple[Step, Record]] | None = None,
+    sample: Callable[[Any, int], tuple[Step, Record]] | None = None,
 ) -> Result:
     """Trains until a reason to end, leaving checkpoints and metrics.jsonl in `folder`, and answers how it ended.
 
@@ -76,8 +76,7 @@ def train(
         resume: continue from the newest complete checkpoint; bit for bit the run that was not broken.
         layout: the other processes; default none.
         collate: examples of a micro-batch as a Batch; default `data.batch.to_batch`.
-        sample: (step, its number) -> the step with what the policy, as it is before it, writes for its rows, and what
-            there is to tell of that; called once a step. None learns from the rows themselves.
+        sample: (step, its number) -> the step with what the policy, as it is, writes for its rows, and facts of that.
 
     Raises: Stopped after a signal, once saved; DivergedError; DataError; CheckpointError; ResourceError. What was
     saved before stays.
@@ -107,7 +106,7 @@ class _Run:
     examiner: Examiner
     observers: list[Callable[[Record], None]]
     collate: Callable[[list[Any]], Batch]
-    sample: Callable[[Step, int], tuple[Step, Record]] | None
+    sample: Callable[[Any, int], tuple[Step, Record]] | None
     metrics: MetricsLog
     signals: Signals
 
@@ -388,16 +387,9 @@ class _Run:
     def result(self) -> Result:
         state, held = self.state, self.held_bytes | {"peak_bytes": peak_bytes(self.device)}
         return Result(
-            step=state.step,
-            reason=state.reason,
-            weights_step=self.weights_step,
-            best_value=state.best_value,
-            tokens=state.tokens,
-            supervised_tokens=state.supervised_tokens,
-            rows=state.rows,
-            dropped=dict(state.dropped),
-            seconds=self.seconds(),
+            step=state.step, reason=state.reason, weights_step=self.weights_step, best_value=state.best_value,
+            tokens=state.tokens, supervised_tokens=state.supervised_tokens, rows=state.rows,
+            dropped=dict(state.dropped), seconds=self.seconds(),
             peak_bytes=int(self.world.most(peak_bytes(self.device))),
-            resumed_step=self.resumed_step,
-            ranks=self.world.told(held | self.layout.facts()),
-        )
+            resumed_step=self.resumed_step, ranks=self.world.told(held | self.layout.facts()),
+        )  # fmt: skip

@@ -48,5 +48,9 @@ def _open(entry: dict[str, Any], where: str) -> Reward:
         told = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
         keys = " ".join(key for key in kind.model_fields if key != "kind")
         raise ConfigError(f"{name}: {told}", where=where, hint=f"its keys are {keys}") from error
-    reward.check()
+    try:
+        reward.check()
+    except ConfigError as error:
+        error.where = where
+        raise
     return reward

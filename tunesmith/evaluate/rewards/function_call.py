@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.core.errors import DataError
-from tunesmith.core.files import strict_loads
+from tunesmith.evaluate.metrics.match import canonical, parse_json
 from tunesmith.evaluate.rewards.reward import Reward
 
 if TYPE_CHECKING:
@@ -29,16 +29,16 @@ class FunctionCall(Reward):
             told = "the answer of this row is no function call ({name, arguments} as JSON)"
             raise DataError(told, where=prompt.dialogue.where, hint="keep rows that end with a call")
         said = _call(completion)
-        if said in wanted:
+        if said is None:
+            return 0.0
+        if any(canonical(said) == canonical(one) for one in wanted):
             return 1.0
-        return self.named if said and any(said["name"] == one["name"] for one in wanted) else 0.0
+        return self.named if any(said["name"] == one["name"] for one in wanted) else 0.0
 
 
 def _call(text: str) -> dict[str, Any] | None:
     """A call, or None."""
-    try:
-        found = strict_loads(text)
-    except ValueError:
-        return None
-    is_call = isinstance(found, dict) and isinstance(found.get("name"), str) and set(found) == {"name", "arguments"}
-    return found if is_call else None
+    found = parse_json(text)
+    if isinstance(found, dict) and set(found) == {"name", "arguments"} and isinstance(found["name"], str):
+        return found
+    return None

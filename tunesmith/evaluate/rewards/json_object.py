@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from tunesmith.core.files import strict_loads
 from tunesmith.core.section import Names
+from tunesmith.evaluate.metrics.match import parse_json
 from tunesmith.evaluate.rewards.reward import Reward
 
 if TYPE_CHECKING:
@@ -24,8 +24,5 @@ class JsonObject(Reward):
 
     def __call__(self, prompt: Prompt, completion: str) -> float:
         """1 or 0."""
-        try:
-            found = strict_loads(completion)
-        except ValueError:
-            return 0.0
+        found = parse_json(completion)
         return float(isinstance(found, dict) and set(self.keys) <= set(found))

@@ -33,6 +33,11 @@ class Python(Reward):
     function: str = Field(min_length=1)
     _loaded: Callable[..., Any] | None = PrivateAttr(default=None)
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The file of the function."""
+        return (self.function.rpartition(":")[0],)
+
     def check(self) -> None:
         """The file can be read and defines the function; nothing of it runs."""
         path, _, name = self.function.rpartition(":")

@@ -29,7 +29,9 @@ class Regex(Reward):
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise ConfigError(f"{self.pattern!r} is no regular expression: {error}", where="objective.reward") from error
+            raise ConfigError(
+                f"{self.pattern!r} is no regular expression: {error}", where="objective.reward"
+            ) from error
 
     def __call__(self, prompt: Prompt, completion: str) -> float:
         """1 or 0."""

@@ -27,6 +27,11 @@ class Reward(Section):
     kind: str
     weight: float = Field(default=1.0, ge=-1e6, le=1e6)
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What it depends on beside its settings."""
+        return ()
+
     def check(self) -> None:
         """Finds settings that cannot work, without a model. Raises ConfigError."""
 

@@ -1,0 +1,40 @@
+"""Signs in the log of a run over its own completions that it learns something else than was meant.
+
+Each is a function of the records alone, so that a run says it while it goes on and its report says it afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+WINDOW = 5  # records that are looked at together
+FAR_NATS = 1.0  # a token: at that distance from the reference, little of it is left
+LONGER = 2.0
+EQUAL = 0.95
+
+
+def signs(records: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """What the last records of a run show, by name; empty where all is well."""
+    found = {}
+    kl = _mean(_column(records, "kl")[-WINDOW:])
+    if kl > FAR_NATS:
+        told = f"the policy is {kl:.2f} nats a token away from the reference"
+        found["kl"] = f"{told}: raise objective.kl, or lower train.lr"
+    lengths = _column(records, "completion_tokens")
+    before, now = _mean(lengths[:WINDOW]), _mean(lengths[-WINDOW:])
+    if len(lengths) >= 2 * WINDOW and now > LONGER * before:
+        told = f"completions have grown from {before:.0f} to {now:.0f} tokens"
+        found["length"] = f"{told}: does the reward pay for length?"
+    equal = _column(records, "equal_groups")
+    if len(equal) >= WINDOW and _mean(equal[-WINDOW:]) > EQUAL:
+        found["equal"] = "all completions of nearly every prompt earn the same: there is nothing left to learn from"
+    return found
+
+
+def _column(records: Sequence[dict[str, Any]], name: str) -> list[float]:
+    return [float(record[name]) for record in records if isinstance(record.get(name), int | float)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,205 @@
+"""Rollouts: what the policy, as it is at a step, writes for the prompts of the step, rewarded and laid out to learn.
+
+The one idea: a rollout is a function of (weights, seed, place in the data). One that serves several updates is kept
+on disk before the first of them, so that a run that is killed anywhere goes on with the very same one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from tunesmith.core.rng import seed_for
+from tunesmith.core.types import Actions, Batch
+from tunesmith.data.batch import to_batch
+from tunesmith.data.encode import Example, Prompt
+from tunesmith.data.pack import Cursor, Step, cut
+from tunesmith.evaluate.rewards import open_rewards
+from tunesmith.models.generate import generate
+from tunesmith.models.heads import value_head
+from tunesmith.models.route import Route
+from tunesmith.objectives.sampled import Sampled, Written
+from tunesmith.run.kept_rollouts import Kept, Minibatches, Rollout
+from tunesmith.run.watching import Shown, Signs
+
+if TYPE_CHECKING:
+    from tunesmith.models.load import Loaded
+    from tunesmith.models.policy import Policy
+    from tunesmith.run.prepare import Prepared
+
+AT_ONCE = 64  # completions that are written together
+SHOWN = 10  # completions of a rollout that are kept for people
+Record = dict[str, Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Turn(Step[Any]):
+    """An update: prompts whose completions it learns from, or, once they are written, those completions.
+
+    Attributes:
+        place: where its prompts begin in the data.
+        turn: how many updates their completions have served before.
+    """
+
+    place: Cursor = field(default_factory=Cursor)
+    turn: int = 0
+
+
+class Rollouts:
+    """The steps of a run whose rows are prompts, and the completions of each.
+
+    Args:
+        policy: what writes and learns; it gets a value head where the objective asks for one.
+        received: the route of the model as the run received it: the reference.
+    """
+
+    def __init__(self, prepared: Prepared, loaded: Loaded, policy: Policy, received: Route, folder: Path) -> None:
+        objective = prepared.config.objective
+        assert isinstance(objective, Sampled)
+        self.prepared, self.loaded, self.policy, self.objective = prepared, loaded, policy, objective
+        # what costs nothing is not computed
+        self.reference = policy.under(received) if objective.kl else None
+        if objective.has_values:
+            policy.value = value_head(loaded, prepared.config.train.seed)
+        self.rewards = open_rewards(objective.reward)
+        self.seed, self.updates = prepared.config.train.seed, objective.passes * objective.parts
+        self.kept = Kept(folder / "rollouts", prepared.config.train, self.updates)
+        self.minibatches: Minibatches = []
+        self.shown: list[Rollout] = []
+
+    def stream(self, cursor: Cursor) -> Iterator[Turn]:
+        """The updates from a cursor on, with prompts for rows; completions are written when an update begins."""
+        start, turn = replace(cursor, turn=0), cursor.turn
+        for step in self.prepared.stream(start):
+            for number in range(turn, self.updates):
+                is_last = number + 1 == self.updates
+                after = step.cursor if is_last else replace(start, turn=number + 1)
+                dropped = step.dropped if number == 0 else {}
+                yield Turn(step.number, step.micro_batches, after, step.epoch, dropped, place=start, turn=number)
+            start, turn = step.cursor, 0
+
+    def __call__(self, step: Turn, number: int) -> tuple[Turn, Record]:
+        """The update with completions for prompts, and what there is to tell of them."""
+        facts: Record = {}
+        if step.turn == 0:
+            began = time.monotonic()
+            self.minibatches = self._made([prompt for rows in step.micro_batches for prompt in rows], step.place)
+            facts = self._facts() | {"rollout_seconds": round(time.monotonic() - began, 6)}
+            if self.updates > 1:
+                self.kept.write(number, self.minibatches)
+        elif not self.minibatches:
+            self.minibatches = self.kept.read(number - step.turn)
+        return replace(step, micro_batches=self.minibatches[step.turn % len(self.minibatches)]), facts
+
+    def _made(self, prompts: Sequence[Prompt], place: Cursor) -> Minibatches:
+        """Completions of prompts with their advantages, as they are laid out for updates."""
+        written, count = self._written(prompts, place), self.objective.completions
+        share = count * math.ceil(len(prompts) / self.objective.parts)
+        laid = [cut(some, self.prepared.sizes) for some in _parts(written, share)]
+        known = {one.number: one for batches in laid for rows in batches for one in self._known(rows)}
+        judged = [_judged(known[number]) for number in range(len(written))]
+        credits_ = [credit for group in self.objective.credit(_parts(judged, count)) for credit in group]
+        done = [replace(known[number], **vars(credit)) for number, credit in enumerate(credits_)]
+        return [[[done[one.number] for one in rows] for rows in batches] for batches in laid]
+
+    def _written(self, prompts: Sequence[Prompt], place: Cursor) -> list[Rollout]:
+        """The completions of each prompt, one prompt after the other, rewarded."""
+        objective, dataset = self.objective, self.prepared.train
+        asked = [prompt for prompt in prompts for _ in range(objective.completions)]
+        found = generate(
+            self.loaded,
+            self.policy.route,
+            [prompt.ids for prompt in asked],
+            max_new_tokens=objective.max_new_tokens,
+            stop_ids={stop for prompt in prompts for stop in dataset.template_of(prompt.dialogue).stop_ids},
+            temperature=objective.temperature,
+            seed=seed_for(self.seed, "rollouts", place.epoch, place.position),
+            batch_size=AT_ONCE,
+        )
+        rollouts = []
+        for number, (prompt, answer) in enumerate(zip(asked, found, strict=True)):
+            # the end token is an action: a model that never learns to stop would be paid for it
+            ids = answer.ids + ([] if answer.end is None else [answer.end])
+            learnt = [False] * len(prompt.ids) + [True] * len(ids)
+            example = Example(prompt.ids + ids, learnt, prompt.dialogue.where)
+            text = self.prepared.codec.decode(answer.ids).strip()
+            rollouts.append(Rollout(number, example, prompt.question, text, self.reward(prompt, text), answer.stopped))
+        return rollouts
+
+    def watchers(self, folder: Path) -> list[Shown | Signs]:
+        """Who sees every record of the run: what is shown of its completions is kept, and signs of trouble are told."""
+        return [Shown(folder / "rollouts.jsonl", self.taken), Signs()]
+
+    def taken(self) -> list[Rollout]:
+        """Completions to be shown, once."""
+        shown, self.shown = self.shown, []
+        return shown
+
+    def constant(self, most: int = 200) -> Record:
+        """The commonest answer of the first rows, and what it earns when it is said to all of them."""
+        found = (self.prepared.train.prompt(*place) for place in self.prepared.train.places())
+        prompts = list(islice((prompt for prompt in found if isinstance(prompt, Prompt)), most))
+        text = Counter(prompt.dialogue.completion for prompt in prompts).most_common(1)[0][0].strip()
+        return {"text": text, "reward": sum(self.reward(prompt, text) for prompt in prompts) / len(prompts)}
+
+    def reward(self, prompt: Prompt, text: str) -> float:
+        """What a completion earns, all rewards together."""
+        return sum(reward.weight * reward(prompt, text) for reward in self.rewards)
+
+    @torch.no_grad()
+    def _known(self, rows: Sequence[Rollout]) -> list[Rollout]:
+        """Completions of a micro-batch with what the models say of their tokens: as in the update, bit for bit."""
+        objective, batch = self.objective, self.collate(rows)
+        batch = batch.to(next(self.loaded.model.parameters()).device)
+        found: dict[str, Tensor] = {}
+        if objective.has_values:
+            losses, found["values"] = self.policy.at(objective.temperature).valued(batch)
+            found["old"] = -losses
+        elif objective.needs_old:
+            found["old"] = -self.policy.at(objective.temperature).token_losses(batch)
+        if self.reference is not None:
+            found["reference"] = -self.reference.at(objective.temperature).token_losses(batch)
+        parts = {name: held.float().cpu().split([one.actions for one in rows]) for name, held in found.items()}
+        return [replace(one, **{name: part[place] for name, part in parts.items()}) for place, one in enumerate(rows)]
+
+    @staticmethod
+    def collate(rows: Sequence[Rollout]) -> Batch:
+        """Completions as a batch, with what is known of their tokens."""
+        batch = to_batch([one.example for one in rows])
+        names = ("advantages", "old", "reference", "values", "returns")
+        laid = {name: [getattr(one, name) for one in rows] for name in names}
+        joined: Any = {name: None if held[0] is None else torch.cat(held) for name, held in laid.items()}
+        return batch if joined["advantages"] is None else replace(batch, actions=Actions(**joined))
+
+    def _facts(self) -> Record:
+        """What the log has of a rollout: means over its completions; some of them are taken to be shown."""
+        every = [one for batches in self.minibatches for rows in batches for one in rows]
+        every.sort(key=lambda one: one.number)
+        self.shown = sorted(every, key=lambda one: seed_for(self.seed, "shown", one.number))[:SHOWN]
+        facts = {
+            "reward": sum(one.reward for one in every) / len(every),
+            "completion_tokens": sum(one.actions for one in every) / len(every),
+            "stopped": sum(one.stopped for one in every) / len(every),
+        }
+        groups = _parts(every, self.objective.completions)
+        if self.objective.completions > 1:
+            facts["equal_groups"] = sum(len({one.reward for one in group}) == 1 for group in groups) / len(groups)
+        return facts
+
+
+def _parts(values: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+def _judged(one: Rollout) -> Written:
+    return Written(one.actions, one.reward, one.old, one.reference, one.values)
