@@ -213,7 +213,7 @@ class Dataset:
 
     def _asked(self, row: Row) -> Example | Dropped:
         """The prompt of a row alone, with room for what the model writes."""
-        if isinstance(row, Text | Tagged):
+        if not isinstance(row, Dialogue | Labelled):
             raise DataError("there is no prompt to answer in it", where=row.where, hint="format prompts has some")
         ids = prompt_ids(row, self.template_of(row), self.codec)
         if len(ids) + self.answered > self.section.max_length:

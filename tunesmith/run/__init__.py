@@ -244,16 +244,18 @@ def _carry_out(ready: _Ready, folder: RunFolder, resume: bool, before: bool, lib
     config, is_first = prepared.config, layout.world.is_first
     say(_started(libraries))
     received = receive(prepared, loaded)
+    judge.received = route_of(received)
     if before and is_first:
-        judge.before(loaded, route_of(received))
+        judge.before(loaded, judge.received)
     adapter = attach(prepared, loaded, received)
     how = recomputed(config, ready.recompute)
     policy = Policy(loaded, adapter.route, recompute=how, packed=config.data.packing)
+    policy.reference = judge.received
     rollouts = None
     if config.objective.samples:
         from tunesmith.run.rollouts import Rollouts
 
-        rollouts = Rollouts(prepared, loaded, policy, route_of(received), folder.path)
+        rollouts = Rollouts(prepared, loaded, policy, judge.received, folder.path)
         folder.record(constant=rollouts.constant())
     result = _train(ready, folder, adapter, policy, resume, rollouts)
     weights = layout.whole(layout.pieces) if layout.in_parts else {}

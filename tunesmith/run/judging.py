@@ -41,7 +41,12 @@ class Judge:
     """Sits the exam before, during and after a run, and keeps eval.json and samples.jsonl.
 
     Without data.eval or metrics it does nothing but the loss during training.
+
+    Attributes:
+        received: the model as the run received it; None where that is the base.
     """
+
+    received: Route | None = None
 
     def __init__(self, prepared: Prepared, folder: Path) -> None:
         self.prepared, self.folder = prepared, folder

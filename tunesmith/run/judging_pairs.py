@@ -34,16 +34,15 @@ class PairJudge(Judge):
     def asked(self) -> Asked | None:
         return self.pairs
 
-    def before(self, loaded: Loaded) -> None:
-        """The base, with a fresh head where there is one, and the two scores that need no model."""
+    def before(self, loaded: Loaded, route: Route) -> None:
+        """The model as received, with a fresh head where there is one, and the two scores that need no model."""
         from tunesmith.models.heads import fresh_head
-        from tunesmith.models.policy import Policy
 
         exam, problem = self.pairs, self.prepared.problem
         if exam is None or not self.section.metrics or self._recall():
             return
         head = None if problem is None else fresh_head(loaded, problem)
-        scores, answers, _ = exam.sit(Policy(loaded), head=head, title="before tuning:")
+        scores, answers, _ = exam.sit(self._policy(loaded, route), head=head, title="before tuning:")
         self._enter("untuned", scores, answers)
         for name, told, chosen in baselines(exam):
             self._enter(name, told, chosen)
@@ -57,11 +56,17 @@ class PairJudge(Judge):
 
     def after(self, loaded: Loaded, route: Route, kind: str) -> None:
         """The tuned model."""
-        from tunesmith.models.policy import Policy
-
         if self.pairs is None or not self.section.metrics:
             return
-        scores, answers, found = self.pairs.sit(Policy(loaded, route), title="after tuning:")
+        scores, answers, found = self.pairs.sit(self._policy(loaded, route), title="after tuning:")
         self._enter(f"tuned ({kind})", scores, answers)
         self.more = {"pairs": self.pairs.describe(found)}
         self._write()
+
+    def _policy(self, loaded: Loaded, route: Route) -> Policy:
+        """A model, and beside it the one that the run received."""
+        from tunesmith.models.policy import Policy
+
+        policy = Policy(loaded, route)
+        policy.reference = self.received or policy.reference
+        return policy

@@ -16,7 +16,7 @@ from tunesmith.data.encode import Example
 from tunesmith.data.rows import Compared
 from tunesmith.evaluate.answers import Opinions, described, opinions
 from tunesmith.evaluate.metrics import COMPARED
-from tunesmith.evaluate.metrics.pairs import margins
+from tunesmith.evaluate.metrics.pairs import PairAccuracy, PairLoss, margins
 from tunesmith.objectives.dpo import DPO
 from tunesmith.objectives.reward import Reward
 from tunesmith.run.head_exam import check_metrics
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tunesmith.core.types import Batch
-    from tunesmith.evaluate.metrics.metric import Metric
     from tunesmith.models.heads import Head
     from tunesmith.models.policy import Policy
     from tunesmith.run.exam import Scores
@@ -54,7 +53,7 @@ class PairExam:
 
     def __post_init__(self) -> None:
         check_metrics(self.metrics, Problem("reward"))
-        self.judged: list[Metric] = [COMPARED.load(name)() for name in self.metrics]
+        self.judged: list[PairAccuracy | PairLoss] = [COMPARED.load(name)() for name in self.metrics]
         for place in list(self.dataset.places())[: self.limit]:
             example = self.dataset.example(*place)
             if isinstance(example, Example):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from tunesmith.models.recompute import How, Recompute
     from tunesmith.plan.calibration import Calibration
     from tunesmith.plan.plan import Plan
+    from tunesmith.plan.shape import ModelShape
 
 
 def plan_run(
@@ -48,7 +50,6 @@ def plan_run(
     from tunesmith.plan.plan import Workload, make_plan
     from tunesmith.plan.room import room_bytes
     from tunesmith.plan.shape import read_shape
-    from tunesmith.plan.spread import Spread
     from tunesmith.train.offload import Offload
     from tunesmith.train.precision import resolve
 
@@ -64,20 +65,7 @@ def plan_run(
     held_out = judged(prepared, policy)
     batch = met[0].seen.batch
     lengths, share = batch.lengths, batch.targets.numel() / max(1, batch.ids.numel())
-    spread: Any = Spread(config.layout.data, config.layout.shard, micro_batches)
-    if config.layout.tensor * config.layout.pipeline > 1:
-        from tunesmith.plan.parts import PartsSpread
-
-        spread = PartsSpread(
-            config.layout,
-            shape.n_layers,
-            shape.d_model,
-            loaded.model.dtype.itemsize,
-            max(1, round(micro_batches)),
-            round(totals.tokens / totals.steps / config.layout.data),
-            sum(lengths),
-            config.precision.master,
-        )
+    spread = _spread(prepared, shape, loaded.model.dtype.itemsize, lengths, micro_batches)
     trained = list(adapter.parameters.values())
     if config.objective.has_values:
         policy.value = value_head(loaded, config.train.seed)
@@ -148,3 +136,25 @@ def open_meta(prepared: Prepared) -> Loaded:
     loaded = meta(str(prepared.folder), dtype=resolve(precision), base=precision.base)
     loaded.predicts = prepared.problem
     return loaded
+
+
+def _spread(
+    prepared: Prepared, shape: ModelShape, item_bytes: int, lengths: Sequence[int], micro_batches: float
+) -> Any:
+    """What becomes of a plan for one process where there are several."""
+    from tunesmith.plan.parts import PartsSpread
+    from tunesmith.plan.spread import Spread
+
+    layout, totals = prepared.config.layout, prepared.totals
+    if layout.tensor * layout.pipeline == 1:
+        return Spread(layout.data, layout.shard, micro_batches)
+    return PartsSpread(
+        layout,
+        shape.n_layers,
+        shape.d_model,
+        item_bytes,
+        max(1, round(micro_batches)),
+        round(totals.tokens / totals.steps / layout.data),
+        sum(lengths),
+        prepared.config.precision.master,
+    )
