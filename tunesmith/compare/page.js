@@ -60,7 +60,6 @@ async function post(path, body) {
 }
 
 async function send(path, body) {
-  if (busy) return;
   busy = true;
   state("saving");
   sessionStorage.setItem(KEY + "sending", JSON.stringify({ path, body }));
