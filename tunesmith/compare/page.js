@@ -160,7 +160,8 @@ function end() {
 }
 
 function answerCard(pieces, number) {
-  const card = element("article", { dir: "auto" }, element("h2", {}, letter(number)), ...rendered(pieces));
+  const card = element("article", { dir: "auto" }, element("h2", {}, letter(number)),
+    ...rendered(pieces.length ? pieces : [["em", ["(no text)"]]]));
   if (!turn.rubric.length) return card;
   const rubric = element("div", { class: "rubric" });
   for (const criterion of turn.rubric) {
