@@ -143,6 +143,14 @@ def test_a_database_of_another_kind_is_told_without_its_password(url: str) -> No
 HH = "\n\nHuman: Hello\n\nAssistant: Hi.\n\nHuman: And now?\n\nAssistant:"
 COMPARISONS: dict[str, tuple[dict[str, Any], list[str], list[list[int]]]] = {
     "hh": ({"chosen": f"{HH} Bye.", "rejected": f"{HH} What"}, ["Bye.", "What"], [[1, 2]]),
+    "hh that part early": (
+        {
+            "chosen": "\n\nHuman: Q\n\nAssistant: a\n\nHuman: And?\n\nAssistant: c",
+            "rejected": "\n\nHuman: Q\n\nAssistant: b",
+        },
+        ["a\n\nHuman: And?\n\nAssistant: c", "b"],
+        [[1, 2]],
+    ),
     "preference": ({"prompt": "Q", "chosen": "a", "rejected": "b"}, ["a", "b"], [[1, 2]]),
     "messages": (
         {
@@ -242,15 +250,16 @@ def test_imported_comparisons_come_out_as_rows_and_importing_again_adds_nothing(
     """By the command. Kills: an export that turns a preference round, a tie that becomes one, judgements twice."""
     rows = [COMPARISONS[kind][0] for kind in ("hh", "ranking", "no ranks")]
     rows[2] = {"prompt": "Other", "answers": ["a", "b"]}
+    rows += [{**rows[0], "chosen": f"{HH} Goodbye."}, rows[0]]  # another answer to a question, and a row that is there
     (tmp_path / "rows.jsonl").write_text(lines(rows))
     folder = tmp_path / "c"
     for _ in range(2):
         done = run_here(f"compare --import {tmp_path / 'rows.jsonl'} --out {folder} --no-serve")
         assert done["code"] == 0, done["err"]
-    assert "3 prompts, 2 judgements" in done["err"]
+    assert "4 prompts, 3 judgements" in done["err"]
     done = run_here(f"compare {folder} --export {tmp_path / 'out.jsonl'} --as preference --json")
     assert json.loads(done["out"]) == {
-        "rows": 3, "format": "preference", "left_out": {"skipped": 0, "all bad": 0, "ties": 1}
+        "rows": 4, "format": "preference", "left_out": {"skipped": 0, "all bad": 0, "ties": 1}
     }  # fmt: skip
     pairs = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert pairs[0]["prompt"] == [
@@ -259,13 +268,14 @@ def test_imported_comparisons_come_out_as_rows_and_importing_again_adds_nothing(
         {"role": "user", "content": "And now?"},
     ]
     assert (pairs[0]["chosen"], pairs[0]["rejected"]) == ("Bye.", "What")
-    assert sorted((row["chosen"], row["rejected"]) for row in pairs[1:]) == [("b", "a"), ("b", "c")]
+    rest = sorted((row["chosen"], row["rejected"]) for row in pairs[1:])
+    assert rest == [("Goodbye.", "What"), ("b", "a"), ("b", "c")]
     assert run_here(f"compare {folder} --export {tmp_path / 'out.jsonl'}")["code"] == 0
     ranked = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()][1]
     assert dict(zip(ranked["answers"], ranked["ranks"], strict=True)) == {"a": 2, "b": 1, "c": 2}
     told = run_here(f"report {folder}")
     assert told["code"] == 0
-    assert "2 judgements of 2 prompts by 1 annotators" in told["out"]
+    assert "3 judgements of 3 prompts by 1 annotators" in told["out"]
     assert "chosen against rejected" in (folder / "report.html").read_text()
 
 

@@ -28,7 +28,7 @@ def read_rows(source: str) -> list[Incoming]:
 
 def add_rows(store: Store, found: list[Incoming]) -> tuple[int, int]:
     """Adds comparisons; gives how many prompts and judgements they hold."""
-    numbers = store.add_prompts([one.messages for one in found])
+    numbers = store.add_prompts([one.messages for one in found], [[text for _, text in one.answers] for one in found])
     written: list[Written] = []
     for number, one in zip(numbers, found, strict=True):
         written += [Written(number, system, sample, text) for system, sample, text in _numbered(one)]

@@ -77,13 +77,25 @@ def _sharegpt(data: dict[str, Any]) -> Incoming:
 
 
 def _pair(data: dict[str, Any]) -> Incoming:
-    """{chosen, rejected}, each a whole conversation, as HH-RLHF has them (Bai et al. 2022, arXiv 2204.05862)."""
+    """{chosen, rejected}, each a whole conversation, as HH-RLHF has them (Bai et al. 2022, arXiv 2204.05862).
+
+    Five of the 2,312 harmless test rows part before the last answer: there, an answer is all that follows.
+    """
     turns = [_transcript(data[key], key) for key in ("chosen", "rejected")]
     same = [one for one, other in takewhile(lambda pair: pair[0] == pair[1], zip(*turns, strict=False))]
-    if not same or same[-1]["role"] != "user" or any(len(one) != len(same) + 1 for one in turns):
-        raise DataError("chosen and rejected are not one conversation with two last answers")
-    answers = [("chosen", turns[0][-1]["content"]), ("rejected", turns[1][-1]["content"])]
-    return Incoming(same, answers, [Said(IMPORTED, [1, 2])])
+    while same and same[-1]["role"] != "user":
+        same.pop()
+    chosen, rejected = (_rest(one[len(same) :]) for one in turns)
+    if not same or any(len(one) == len(same) for one in turns):
+        raise DataError("chosen and rejected are not one conversation that goes on in two ways")
+    return Incoming(same, [("chosen", chosen), ("rejected", rejected)], [Said(IMPORTED, [1, 2])])
+
+
+def _rest(turns: Messages) -> str:
+    """What follows a prompt: an answer, and where a conversation goes on, whose turn each is."""
+    names = {"user": "Human: ", "assistant": "Assistant: "}
+    later = [names.get(one["role"], "") + one["content"] for one in turns[1:]]
+    return "\n\n".join([one["content"] for one in turns[:1]] + later)
 
 
 def _ranking(data: dict[str, Any]) -> Incoming:

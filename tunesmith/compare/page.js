@@ -35,8 +35,13 @@ function rendered(pieces) {
 
 function button(text, key, act, attributes = {}) {
   const made = element("button", { type: "button", ...attributes }, text, " ", element("kbd", {}, key));
-  made.addEventListener("click", act);
+  made.addEventListener("click", first(act));
   return made;
+}
+
+// the second click of a double click would judge what came after the first
+function first(act) {
+  return (event) => { if (event.detail < 2) act(); };
 }
 
 // sending: a judgement is kept here until the server has said that it is on its disk
@@ -60,7 +65,6 @@ async function post(path, body) {
 }
 
 async function send(path, body) {
-  if (busy) return;
   busy = true;
   state("saving");
   sessionStorage.setItem(KEY + "sending", JSON.stringify({ path, body }));
@@ -156,7 +160,8 @@ function end() {
 }
 
 function answerCard(pieces, number) {
-  const card = element("article", { dir: "auto" }, element("h2", {}, letter(number)), ...rendered(pieces));
+  const card = element("article", { dir: "auto" }, element("h2", {}, letter(number)),
+    ...rendered(pieces.length ? pieces : [["em", ["(no text)"]]]));
   if (!turn.rubric.length) return card;
   const rubric = element("div", { class: "rubric" });
   for (const criterion of turn.rubric) {
@@ -282,8 +287,8 @@ document.addEventListener("keydown", (event) => {
   if (event.key !== "Tab" && event.key !== " ") event.preventDefault();
   act();
 });
-$("bad").addEventListener("click", () => judge("bad"));
-$("skip").addEventListener("click", () => judge("skip"));
+$("bad").addEventListener("click", first(() => judge("bad")));
+$("skip").addEventListener("click", first(() => judge("skip")));
 $("undo").addEventListener("click", undo);
 $("comment").addEventListener("input", keepDraft);
 document.addEventListener("visibilitychange", () => { if (turn && turn.item !== null) clock(true); });

@@ -116,14 +116,19 @@ class Store:
 
     # prompts and answers
 
-    def add_prompts(self, found: Sequence[Messages]) -> list[int]:
-        """The number of each prompt, new or not."""
+    def add_prompts(self, found: Sequence[Messages], answers: Sequence[Sequence[str]] | None = None) -> list[int]:
+        """The number of each prompt, new or not.
+
+        Args:
+            answers: that each comes with; the same question with other answers is then another prompt.
+        """
         found = [[{key: _kept(value) for key, value in one.items()} for one in messages] for messages in found]
         with self.writing() as connection:
             known = {row.digest: row.id for row in connection.execute(select(prompts.c.digest, prompts.c.id))}
             numbers = []
-            for messages in found:
-                digest = hashlib.sha256(canonical_json(messages).encode()).hexdigest()
+            for place, messages in enumerate(found):
+                told = messages if answers is None else [messages, list(answers[place])]
+                digest = hashlib.sha256(canonical_json(told).encode()).hexdigest()
                 if digest not in known:
                     values = {"digest": digest, "messages": messages}
                     added = insert(prompts).values(values).returning(prompts.c.id)

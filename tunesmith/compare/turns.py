@@ -117,15 +117,15 @@ class Turns:
 
         Gives how many were kept or had been. Raises Refused.
         """
-        kept = 0
+        kept: set[str] = set()
         with self.store.writing() as connection:
             for name, sent in found:
                 try:
                     self._keep(connection, _person(connection, name), sent)
                 except Conflict:
                     continue
-                kept += 1
-        return kept
+                kept.add(sent.client)
+        return len(kept)
 
     def undo(self, name: str, client: str, judgement: str, now: float | None = None) -> None:
         """Takes back one's own judgement, which is then shown again; sent again, nothing changes. Raises Refused."""
