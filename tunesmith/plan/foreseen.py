@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -89,4 +89,5 @@ def seen(policy: Policy, batch: Batch) -> Seen:
 
 def _faked(value: T, mode: FakeTensorMode) -> T:
     held = {field.name: getattr(value, field.name) for field in fields(value)}
-    return replace(value, **{name: mode.from_tensor(one) for name, one in held.items() if isinstance(one, Tensor)})
+    made: dict[str, Any] = {name: mode.from_tensor(one) for name, one in held.items() if isinstance(one, Tensor)}
+    return replace(value, **made)
