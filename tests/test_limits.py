@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from tunesmith.config import build_config
 from tunesmith.core.errors import ConfigError
 from tunesmith.data.encode import Example
 from tunesmith.data.pack import cut_into
+from tunesmith.objectives.dpo import DPO
 from tunesmith.parallel.layout import LayoutSection
 from tunesmith.parallel.limits import check_model, refusals
 from tunesmith.parallel.stages import idle_share, levelled, spans, wanted
@@ -67,7 +67,7 @@ def test_what_was_not_shown_to_be_exact_is_refused(change: dict[str, Any], said:
 def test_an_objective_that_was_not_shown_to_be_exact_is_refused() -> None:
     config = build_config(BASE | {"layout": PIPELINE})
     assert not list(refusals(config))
-    another = config.model_copy(update={"objective": SimpleNamespace(kind="another", predicts=None)})
+    another = config.model_copy(update={"objective": DPO()})
     assert [key for key, _, _ in refusals(another)] == ["objective"]
 
 

@@ -89,5 +89,5 @@ def seen(policy: Policy, batch: Batch) -> Seen:
 
 def _faked(value: T, mode: FakeTensorMode) -> T:
     held = {field.name: getattr(value, field.name) for field in fields(value)}
-    faked: dict[str, Any] = {name: mode.from_tensor(one) for name, one in held.items() if isinstance(one, Tensor)}
-    return replace(value, **faked)
+    made: dict[str, Any] = {name: mode.from_tensor(one) for name, one in held.items() if isinstance(one, Tensor)}
+    return replace(value, **made)
