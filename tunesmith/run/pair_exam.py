@@ -16,7 +16,7 @@ from tunesmith.data.encode import Example
 from tunesmith.data.rows import Compared
 from tunesmith.evaluate.answers import Opinions, described, opinions
 from tunesmith.evaluate.metrics import COMPARED
-from tunesmith.evaluate.metrics.pairs import margins
+from tunesmith.evaluate.metrics.pairs import PairAccuracy, PairLoss, margins
 from tunesmith.objectives.dpo import DPO
 from tunesmith.objectives.reward import Reward
 from tunesmith.run.head_exam import check_metrics
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tunesmith.core.types import Batch
-    from tunesmith.evaluate.metrics.metric import Metric
     from tunesmith.models.heads import Head
     from tunesmith.models.policy import Policy
     from tunesmith.run.exam import Scores
@@ -54,7 +53,7 @@ class PairExam:
 
     def __post_init__(self) -> None:
         check_metrics(self.metrics, Problem("reward"))
-        self.judged: list[Metric] = [COMPARED.load(name)() for name in self.metrics]
+        self.judged: list[PairAccuracy | PairLoss] = [COMPARED.load(name)() for name in self.metrics]
         for place in list(self.dataset.places())[: self.limit]:
             example = self.dataset.example(*place)
             if isinstance(example, Example):
@@ -97,7 +96,7 @@ class PairExam:
 
         told = {}
         for metric in self.judged:
-            if metric.needs == "predictions":
+            if isinstance(metric, PairAccuracy):
                 told[metric.name] = interval(metric, metric.from_margins(self._margins(scores))).as_dict()
             elif found is not None:
                 told[metric.name] = interval(metric, metric.from_losses(found.losses, found.units)).as_dict()
@@ -114,7 +113,7 @@ class PairExam:
     def measure(self, policy: Policy) -> dict[str, float]:
         """Loss, accuracy and mean margin, of a policy also the mean log p of its answers, for a run under way."""
         found = opinions(policy, self.examples, lambda who, batch: self._scored(who, batch, None))
-        accuracy = COMPARED.load("accuracy")()
+        accuracy = PairAccuracy()
         by_row = self._margins(found.scores)
         gaps = [margin for row in by_row for margin in row]
         values = {
