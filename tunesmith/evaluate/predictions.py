@@ -60,7 +60,8 @@ def predict(
     with evaluating(policy.model), torch.no_grad():
         for rows in batches(examples, batch_tokens):
             batch = to_batch([examples[row] for row in rows]).to(policy.model.device)
-            said = scores(policy, batch, head)
+            # a policy in parts is whole only while it is asked itself
+            said = policy.scores(batch) if head is None else scores(policy, batch, head)
             losses = objective.losses(said, batch).double().cpu()
             units = [found.units[row] for row in rows]
             for row, part, loss in zip(rows, said.split(units), losses.split(units), strict=True):

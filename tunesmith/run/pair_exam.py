@@ -138,7 +138,8 @@ class PairExam:
         if isinstance(self.objective, Reward):
             from tunesmith.models.scores import scores
 
-            said = scores(policy, batch, head)[:, 0]
+            # a policy in parts is whole only while it is asked itself
+            said = (policy.scores(batch) if head is None else scores(policy, batch, head))[:, 0]
             return said, Reward().losses(said, batch), None
         chances, ratios = self.objective.chances(policy, batch)
         return self.objective.rewards(chances, ratios, batch), self.objective.losses(chances, ratios, batch), chances
