@@ -106,7 +106,7 @@ def encode_row(row: Row, template: Template, codec: Codec, max_length: int) -> E
         raise DataError("labelled words have no answer to write", where=row.where, hint=hint)
     if isinstance(row, Compared):
         hint = "set objective to reward or dpo; to learn to write, rows have one answer"
-        raise DataError("answers to compare are none to copy", where=row.where, hint=hint)
+        raise DataError("answers to compare, chosen beside rejected, are none to copy", where=row.where, hint=hint)
     dialogue = row.dialogue() if isinstance(row, Labelled) else row
     rendered = render(dialogue, template)
     ids, supervised = codec.encode(rendered)

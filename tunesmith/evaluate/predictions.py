@@ -52,7 +52,7 @@ def predict(
     from tunesmith.models.scores import scores
     from tunesmith.objectives.predict import Predict
 
-    assert problem.kind != "reward"  # `answers.py` asks such heads
+    assert problem.kind != "reward", "answers are compared by `answers`"
     objective = Predict(problem=problem.kind)
     count = len(examples)
     found = Predictions([()] * count, [0.0] * count, [len(example.labels) for example in examples])
@@ -60,7 +60,7 @@ def predict(
     with evaluating(policy.model), torch.no_grad():
         for rows in batches(examples, batch_tokens):
             batch = to_batch([examples[row] for row in rows]).to(policy.model.device)
-            # a policy whose model is in parts has a way of its own to ask its heads
+            # a policy in parts is whole only while it is asked itself
             said = policy.scores(batch) if head is None else scores(policy, batch, head)
             losses = objective.losses(said, batch).double().cpu()
             units = [found.units[row] for row in rows]

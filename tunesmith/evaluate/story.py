@@ -289,12 +289,16 @@ def _fact(key: str, value: Any) -> str:
 def commands(files: Files) -> list[tuple[str, str]]:
     """What to do next, as commands that can be copied."""
     run = shlex.quote(str(files.folder))
-    found = [
-        ("Talk to the result", f"tunesmith chat {run}"),
-        ("Let it answer one prompt", f"tunesmith generate {run} --prompt 'Your prompt'"),
-        ("Make a model that other tools load", f"tunesmith export {run} --to merged {run}/merged"),
-        ("Make a file for llama.cpp", f"tunesmith export {run} --to gguf {run}/gguf"),
-    ]
+    if mapping(files.config.get("objective")).get("kind") in ("predict", "reward"):  # they write nothing
+        written = [("Judge it on other rows", f"tunesmith evaluate {run} --data ROWS --metrics accuracy")]
+    else:
+        written = [
+            ("Talk to the result", f"tunesmith chat {run}"),
+            ("Let it answer one prompt", f"tunesmith generate {run} --prompt 'Your prompt'"),
+            ("Make a file for llama.cpp", f"tunesmith export {run} --to gguf {run}/gguf"),
+        ]
+    merged = ("Make a model that other tools load", f"tunesmith export {run} --to merged {run}/merged")
+    found = [*written, merged]
     resume = ("Go on where the run stopped", f"tunesmith tune {run}/config.yaml --resume")
     return found if files.run.get("status") in ("finished", "done") else [resume, *found]
 

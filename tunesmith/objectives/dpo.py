@@ -111,7 +111,8 @@ class DPO(Objective):
         if self.variant == "ipo":
             return (per_row(signs * ratios / counts, rows, batch) - 0.5 / self.beta).square()
         likely = chances / counts
-        odds = likely - (-likely.exp()).log1p()
+        certain = likely.clamp(max=-1e-6)  # what is certain has no finite odds
+        odds = certain - (-certain.expm1()).log()
         learnt = per_row(-likely * (ranks == 0), rows, batch)
         return learnt - self.beta * logsigmoid(per_row(signs * odds, rows, batch))
 

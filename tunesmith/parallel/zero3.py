@@ -147,6 +147,10 @@ class _ShardedPolicy:
         found: Tensor = self._root(self._policy.scores, batch)
         return found
 
+    def reference_losses(self, batch: Any) -> Tensor:
+        found: Tensor = self._root(self._policy.reference_losses, batch)
+        return found
+
 
 def _blocks(policy: Any) -> list[nn.Module]:
     """The blocks of a model that transformers has; a model of another kind is one."""

@@ -96,7 +96,7 @@ class PairExam:
 
         told = {}
         for metric in self.judged:
-            if metric.needs == "predictions":
+            if isinstance(metric, PairAccuracy):
                 told[metric.name] = interval(metric, metric.from_margins(self._margins(scores))).as_dict()
             elif found is not None:
                 told[metric.name] = interval(metric, metric.from_losses(found.losses, found.units)).as_dict()
@@ -113,7 +113,7 @@ class PairExam:
     def measure(self, policy: Policy) -> dict[str, float]:
         """Loss, accuracy and mean margin, of a policy also the mean log p of its answers, for a run under way."""
         found = opinions(policy, self.examples, lambda who, batch: self._scored(who, batch, None))
-        accuracy = COMPARED.load("accuracy")()
+        accuracy = PairAccuracy()
         by_row = self._margins(found.scores)
         gaps = [margin for row in by_row for margin in row]
         values = {
@@ -138,7 +138,8 @@ class PairExam:
         if isinstance(self.objective, Reward):
             from tunesmith.models.scores import scores
 
-            said = scores(policy, batch, head)[:, 0]
+            # a policy in parts is whole only while it is asked itself
+            said = (policy.scores(batch) if head is None else scores(policy, batch, head))[:, 0]
             return said, Reward().losses(said, batch), None
         chances, ratios = self.objective.chances(policy, batch)
         return self.objective.rewards(chances, ratios, batch), self.objective.losses(chances, ratios, batch), chances
