@@ -198,3 +198,35 @@ def test_what_is_clipped_teaches_nothing() -> None:
     gain.sum().backward()
     assert held.tolist() == [True, False, False, True]
     assert (now.grad == 0).tolist() == held.tolist()
+
+
+@pytest.mark.slow
+def test_the_loss_of_grpo_is_that_of_trl() -> None:
+    """Its own function, token by token over a padded batch, gives the mean that ours is the sum of. Kills: as above."""
+    from unittest.mock import MagicMock
+
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    batch, found = drawn()
+    ends = torch.tensor(batch.lengths).cumsum(0)
+    counts = torch.searchsorted(ends, batch.sources, right=True).bincount().tolist()
+    advantages = torch.tensor([0.7, -1.1, 0.4], dtype=torch.float64)
+
+    def padded(flat: Tensor) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(list(flat.split(counts)), batch_first=True)
+
+    now, mask = padded(found["now"]), padded(torch.ones_like(found["now"]))
+    settings = {"top_entropy_quantile": 1.0, "importance_sampling_level": "token", "off_policy_mask_threshold": None}
+    settings |= {"beta": 0.3, "epsilon_low": 0.2, "epsilon_high": 0.2, "loss_type": "bnpo", "use_vllm": False}
+    settings |= {"current_gradient_accumulation_steps": 1, "aux_loss_enabled": False, "_entropy_bonus_enabled": False}
+    theirs = MagicMock(**settings)
+    theirs.args.use_bias_correction_kl, theirs.args.delta = False, None
+    theirs.accelerator.gather = lambda tensor: tensor
+    theirs._get_per_token_logps_and_entropies.return_value = (now, torch.zeros_like(now), None)
+    inputs = {"prompt_ids": mask.long(), "prompt_mask": mask.long(), "completion_ids": mask.long()}
+    inputs |= {"completion_mask": mask, "advantages": advantages}
+    inputs |= {"old_per_token_logps": padded(found["old"]), "ref_per_token_logps": padded(found["ref"])}
+    wanted = GRPOTrainer._compute_loss(theirs, MagicMock(), inputs)
+    actions = Actions(advantages.repeat_interleave(torch.tensor(counts)), found["old"], found["ref"])
+    loss = GRPO(kl=0.3).loss(Fixed(found["now"]), replace(batch, actions=actions))
+    assert loss.total.item() / loss.weight == pytest.approx(float(wanted), abs=1e-12)

@@ -88,6 +88,29 @@ def test_a_shared_beginning_is_in_pages_that_no_row_writes_to(length: int) -> No
     assert generate(loaded, BASE, prompts, shared_prefix=prefix, **settings) == whole
 
 
+@pytest.mark.parametrize("routed", [False, True])
+def test_a_prompt_of_several_rows_is_read_once(routed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kills: keys and values of one row alone; another prompt's; one of other adapters; a draw that is shared."""
+    loaded: Any = tiny_loaded()
+    for seed, name in enumerate(("a", "b")):
+        disturb(LoRA(rank=2).attach(loaded, name), seed, 0.3)
+    prompts = [PROMPTS[row] for row in (0, 1, 0, 0, 3, 1, 0)]
+    route = Route.of_rows("a", "a", "a", "b", "a", "b", "a") if routed else Route(("a",))
+    settings: dict[str, Any] = {"max_new_tokens": 20, "stop_ids": set(), "temperature": 1.0, "seed": 3}
+    read: list[int] = []
+    states = decode.Decoder.states
+
+    def counted(self: Any, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        read.append(len(ids))
+        return states(self, ids, *rest)
+
+    with without("paged"):
+        expected = generate(loaded, route, prompts, **settings)
+    monkeypatch.setattr(decode.Decoder, "states", counted)
+    assert generate(loaded, route, prompts, **settings) == expected
+    assert read[0] == (40 + 31 * 2 + 2 * 2 if routed else 40 + 31 + 2)
+
+
 def test_pages_are_given_back() -> None:
     """Kills: pages that are lost or given back twice when a row ends."""
     loaded: Any = tiny_loaded("llama")

@@ -1,7 +1,8 @@
 """Rows that are written at the same time, and those that wait: whoever has finished makes room for the next at once.
 
-Keys and values lie in pages, which rows take as they grow and give back when they end; pages that hold what all prompts
-begin with are every row's, read once. A row's tokens depend on that row alone.
+Keys and values lie in pages, which rows take as they grow and give back when they end. What all prompts begin with
+lies in pages that are every row's, read once; a prompt that several rows have is read once, too. A row's tokens depend
+on that row alone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,7 +109,8 @@ class Running:
         found: list[int] = []
         tokens = 0
         while waiting and len(self.rows) + len(found) < size:
-            tokens += len(prompts[waiting[0]]) - self.begun.tokens
+            again = found and prompts[found[-1]] == prompts[waiting[0]]
+            tokens += 0 if again else len(prompts[waiting[0]]) - self.begun.tokens
             if found and tokens > _READ:
                 break
             found.append(waiting.popleft())
@@ -118,7 +121,7 @@ class Running:
         """Reads what all prompts begin with, under the route of one of them: it is that of all."""
         row = _Row(number, self._take(len(prompt) // PAGE + 1), 0)
         states: list[tuple[Tensor, Tensor]] = []
-        self._forward([row], [prompt], states)
+        self._forward([row], [prompt], [0], states)
         full = len(prompt) // PAGE
         self.begun = _Begun(len(prompt), row.pages[:full], states)
         self._give(row.pages[full:])
@@ -132,11 +135,14 @@ class Running:
             own = -(-(len(prompts[number]) + 1) // PAGE) - len(begun.pages)
             fresh.append(_Row(number, [*begun.pages, *self._take(own)], begun.tokens))
         self._take_over(fresh)
-        states, rows = self._forward(fresh, [prompts[number][begun.tokens :] for number in numbers])
+        found: dict[tuple[Any, ...], int] = {}
+        alike = [(tuple(prompts[number]), self.decoder.acting.of(number)) for number in numbers]
+        owners = [found.setdefault(key, len(found)) for key in alike]
+        states, rows = self._forward(fresh, [prompt[begun.tokens :] for prompt, _ in found], owners)
         ends = torch.tensor(rows.lengths).cumsum(0) - 1
         self.rows += fresh
         self.settled = False
-        return self._chosen(fresh, self.decoder.logits(states[ends], rows))
+        return self._chosen(fresh, self.decoder.logits(states[ends], rows)[owners])
 
     def _take_over(self, rows: Sequence[_Row]) -> None:
         """Puts the end of what all begin with, which fills no page, into a page of each row."""
@@ -150,21 +156,31 @@ class Running:
             keep(pages, k[start:].repeat(len(rows), 1, 1), v[start:].repeat(len(rows), 1, 1), at)
 
     def _forward(
-        self, fresh: Sequence[_Row], texts: Sequence[Sequence[int]], hear: list[tuple[Tensor, Tensor]] | None = None
+        self,
+        fresh: Sequence[_Row],
+        texts: Sequence[Sequence[int]],
+        owners: Sequence[int],
+        hear: list[tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Tensor, Rows]:
-        """States after texts that rows go on with, whose keys and values are kept then; `hear` gets these as well."""
+        """States after texts that rows go on with, whose keys and values are kept then; `hear` gets these as well.
+
+        Args:
+            owners: which of the texts each row has.
+        """
         decoder, before = self.decoder, self.begun.tokens
         lengths = list(map(len, texts))
-        rows = decoder.rows([row.number for row in fresh], lengths)
+        rows = decoder.rows([fresh[owners.index(text)].number for text in range(len(texts))], lengths)
         places = [
-            row.place(token) for row, n in zip(fresh, lengths, strict=True) for token in range(before, before + n)
+            row.place(before + token) for row, text in zip(fresh, owners, strict=True) for token in range(lengths[text])
         ]
+        tokens = torch.arange(sum(lengths)).split(lengths)
+        taken = torch.cat([tokens[text] for text in owners]) if len(fresh) > len(texts) else slice(None)
         ids = torch.tensor([token for text in texts for token in text])
         positions = torch.cat([torch.arange(before, before + count) for count in lengths])
         spans, at = _spans(lengths, before), torch.tensor(places)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keep(self.store[layer], k, v, at)
+            keep(self.store[layer], k[taken], v[taken], at)
             if hear is not None:
                 hear.append((k, v))
             if before:
@@ -174,8 +190,8 @@ class Running:
             return attention(q, k, v, spans, scale=decoder.scale, window=window, cap=cap)
 
         states = decoder.states(ids, positions, rows, attend)
-        for row, count in zip(fresh, lengths, strict=True):
-            row.tokens += count
+        for row, text in zip(fresh, owners, strict=True):
+            row.tokens += lengths[text]
         return states, rows
 
     @torch.no_grad()
