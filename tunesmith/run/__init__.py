@@ -7,9 +7,7 @@ leaves behind is in its folder. Resuming goes through the same lines.
 from __future__ import annotations
 
 import logging
-import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -25,6 +23,7 @@ from tunesmith.evaluate.metrics import OF_PROBLEM
 from tunesmith.parallel.launch import is_restarted, started
 from tunesmith.parallel.layout import Layout, LayoutSection, layout_of
 from tunesmith.parallel.world import ALONE, Alone
+from tunesmith.run.beginning import how_computed, seconds_of_libraries, started_line
 from tunesmith.run.folder import RunFolder, check_state, check_writable, locked, machine, versions
 from tunesmith.run.prepare import Prepared, prepare
 from tunesmith.run.spreading import settled
@@ -78,7 +77,7 @@ def _run(config: Config, folder: RunFolder, resume: bool, before: bool, world: A
             _check_data(folder, prepared)
 
         world.first(open_folder)
-        libraries = _seconds_of_libraries()  # only now: what is wrong with a run is said without them
+        libraries = seconds_of_libraries()  # only now: what is wrong with a run is said without them
         with _withdrawn_on_error(folder, config) if world.is_first else nullcontext():
             ready = _make_ready(prepared, folder, world)
         _carry_out(ready, folder, resume, before, libraries)
@@ -96,17 +95,6 @@ def world_of(section: LayoutSection) -> Iterator[Alone]:
 
     with joined(rank, size) as world:
         yield world
-
-
-def _seconds_of_libraries() -> float:
-    """Imports what every run needs and takes longest, and answers how long it took."""
-    began = time.monotonic()
-    import torch
-    import transformers
-    from transformers import modeling_utils, tokenization_utils_tokenizers
-
-    del torch, transformers, modeling_utils, tokenization_utils_tokenizers
-    return time.monotonic() - began
 
 
 def say(line: str) -> None:
@@ -211,7 +199,7 @@ def _planned(prepared: Prepared, folder: RunFolder, gain: float) -> dict[str, An
 
     # a resumed run computes as it began, wherever it goes on
     compute = folder.facts.get("precision") or resolve(prepared.config.precision)
-    say(_how(compute, gain))
+    say(how_computed(compute, gain))
     before = folder.facts.get("recompute")
     plan = plan_run(prepared, chosen=before)
     if before is None:
@@ -219,19 +207,6 @@ def _planned(prepared: Prepared, folder: RunFolder, gain: float) -> dict[str, An
     write_atomic(folder.path / "plan.json", canonical_json(plan.as_dict(), indent=1) + "\n")
     _print(show_plan(plan.as_dict()))
     return {"precision": compute, "recompute": plan.recompute}
-
-
-def _how(compute: str, gain: float) -> str:
-    """In what numbers and on how many threads, and what these are worth now."""
-    import torch
-
-    threads, load = torch.get_num_threads(), os.getloadavg()[0]
-    line = f"computing in {compute} on {threads} thread{'s' if threads > 1 else ''}"
-    if gain > 1:
-        return f"{line}, {gain:.1f} times as fast as one now"
-    if threads > 1 and load > threads / 2:
-        line += f"; this machine is busy (load {load:.1f}): OMP_NUM_THREADS=1 may be faster"
-    return line
 
 
 def _carry_out(ready: _Ready, folder: RunFolder, resume: bool, before: bool, libraries: float) -> None:
@@ -242,7 +217,7 @@ def _carry_out(ready: _Ready, folder: RunFolder, resume: bool, before: bool, lib
 
     prepared, loaded, judge, layout = ready.prepared, ready.loaded, ready.judge, ready.layout
     config, is_first = prepared.config, layout.world.is_first
-    say(_started(libraries))
+    say(started_line(libraries))
     received = receive(prepared, loaded)
     judge.received = route_of(received)
     if before and is_first:
@@ -269,14 +244,6 @@ def _carry_out(ready: _Ready, folder: RunFolder, resume: bool, before: bool, lib
     report = write_report(folder.path)
     judge.print_table()
     say(f"\nsaved {saved}\nreport {report}\nnext: {_next(prepared, folder)}")
-
-
-def _started(libraries: float) -> str:
-    """How long the program took until all is there to work with, its libraries apart."""
-    import psutil
-
-    took = time.time() - psutil.Process().create_time()
-    return f"ready after {took - libraries:.1f} s, and {libraries:.1f} s more to import torch and transformers"
 
 
 def _next(prepared: Prepared, folder: RunFolder) -> str:

@@ -66,10 +66,8 @@ def plan_run(
     batch = met[0].seen.batch
     lengths, share = batch.lengths, batch.targets.numel() / max(1, batch.ids.numel())
     spread = _spread(prepared, shape, loaded.model.dtype.itemsize, lengths, micro_batches)
-    trained = list(adapter.parameters.values())
-    if config.objective.has_values:
-        policy.value = value_head(loaded, config.train.seed)
-        trained += policy.value.parameters()
+    policy.value = value_head(loaded, config.train.seed) if config.objective.has_values else None
+    trained = [*adapter.parameters.values(), *(policy.value.parameters() if policy.value is not None else ())]
     heads = [head for head in (adapter.head, policy.value) if head is not None]
     model = nn.ModuleList([loaded.model, *heads]) if heads else loaded.model
     speed = (calibration or calibrate(shape, sum(lengths), compute)) if calibrated else None
