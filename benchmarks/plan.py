@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--fitted", action="store_true", help="the runs that are fitted on instead")
     parser.add_argument("--again", action="store_true", help="plan again what was run, and run nothing")
     options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
     names = [name for name in cases(options.fitted) if options.only in name]
     for name in names:
         if not options.again:

@@ -1,8 +1,8 @@
 """How fast this machine does what a step does, measured once for a second or two and kept in the cache.
 
 The one idea: the products of one block and of the head, at the model's sizes and in the kernels that a run uses, one
-pointwise pass and the starting of an operation. Processor time is measured, so that a busy neighbour does not count:
-what is planned is the time on a machine that does nothing else.
+pointwise pass and the starting of an operation. The least time of several counts, processor time where there is one
+thread: what is planned is the time on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _TORCH = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_FORMAT = 5  # of what is measured; other numbers in the cache are of something else
+_FORMAT = 6  # of what is measured; other numbers in the cache are of something else
 _MOST_FLOPS = 4e9  # of one product that is timed: larger ones are cut to fewer tokens
 _STREAM_BYTES = 1 << 26  # beyond any cache near a core
 _HEAD_ROWS = 128  # of a chunk of logits
@@ -140,18 +140,18 @@ def _measure(shape: ModelShape, tokens: int, dtype: torch.dtype, seconds: float)
     size, narrow = y.numel(), y.element_size()
     moved = 2 * size * narrow * len(ys)
     with torch.no_grad():
-        point = _typical(pointwise, seconds * 0.15)
-        start = _typical(lambda: torch.add(small, small), seconds * 0.05)
+        point = _least(pointwise, seconds * 0.15)
+        start = _least(lambda: torch.add(small, small), seconds * 0.05)
         # starting operations is paid apart: a tiny tensor must not look like slow memory
         speed = moved / max(point - len(ys) * start, point / 10)
         # these stay in the cache: what they take beyond a copy there is what they take beyond their bytes
-        copied = _typical(lambda: torch.mul(y, 2.0), seconds * 0.05) / size
-        curved = _typical(lambda: torch.nn.functional.gelu(y), seconds * 0.05) / size - copied
-        drawn = _typical(lambda: y.bernoulli_(0.9), seconds * 0.05) / size - copied
+        copied = _least(lambda: torch.mul(y, 2.0), seconds * 0.05) / size
+        curved = _least(lambda: torch.nn.functional.gelu(y), seconds * 0.05) / size - copied
+        drawn = _least(lambda: y.bernoulli_(0.9), seconds * 0.05) / size - copied
         return Calibration(
-            flops_per_second=2 * work / _typical(with_weights, seconds * 0.3),
-            gradient_flops_per_second=work / _typical(of_weights, seconds * 0.2),
-            head_flops_per_second=4 * rows * shape.head_parameters / _typical(logits, seconds * 0.2),
+            flops_per_second=2 * work / _least(with_weights, seconds * 0.3),
+            gradient_flops_per_second=work / _least(of_weights, seconds * 0.2),
+            head_flops_per_second=4 * rows * shape.head_parameters / _least(logits, seconds * 0.2),
             bytes_per_second=speed,
             operation_seconds=start,
             curved_seconds=max(curved, 1e-12),
@@ -167,19 +167,20 @@ def _operands(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple
     return tuple(torch.randn(*size).to(dtype) for size in sizes)
 
 
-def _typical(call: Callable[[], object], seconds: float) -> float:
-    """Median processor seconds of a call, over the threads that work on it."""
+def _least(call: Callable[[], object], seconds: float) -> float:
+    """Least seconds of a call: they owe least to what else runs here."""
     import torch
 
-    threads = torch.get_num_threads()
+    # one thread is not charged for its neighbours; of several, those that wait for the others are charged, too
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     call()
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 3 or (time.perf_counter() < end and len(times) < 2000):
-        begun = time.process_time()
+        begun = clock()
         call()
-        times.append((time.process_time() - begun) / threads)
-    return max(sorted(times)[len(times) // 2], 1e-9)
+        times.append(clock() - begun)
+    return max(min(times), 1e-9)
 
 
 def _key(shape: ModelShape, tokens: int, dtype: str, threads: int, version: str) -> str:
