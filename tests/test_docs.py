@@ -341,7 +341,7 @@ def test_the_reading_of_the_tutorial_is_strict() -> None:
 
 @pytest.mark.real
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["tutorial.md", "predict.md", "compare.md"])
+@pytest.mark.parametrize("page", ["tutorial.md", "predict.md", "compare.md", "preference.md"])
 def test_the_tutorial_runs(page: str, tmp_path: Path) -> None:
     """Every command in order: its exit code, and the lines that are said not to vary."""
     folder = tmp_path / "own"
