@@ -76,6 +76,7 @@ class Rollouts:
         self.kept = Kept(folder / "rollouts", prepared.config.train, self.updates)
         self.minibatches: Minibatches = []
         self.shown: list[Rollout] = []
+        self.writing_cpu_seconds = 0.0
 
     def stream(self, cursor: Cursor) -> Iterator[Turn]:
         """The updates from a cursor on, with prompts for rows; completions are written when an update begins."""
@@ -95,6 +96,7 @@ class Rollouts:
             began = time.monotonic()
             self.minibatches = self._made([prompt for rows in step.micro_batches for prompt in rows], step.place)
             facts = self._facts() | {"rollout_seconds": round(time.monotonic() - began, 6)}
+            facts["writing_cpu_seconds"] = round(self.writing_cpu_seconds, 6)
             if self.updates > 1:
                 self.kept.write(number, self.minibatches)
         elif not self.minibatches:
@@ -116,6 +118,7 @@ class Rollouts:
         """The completions of each prompt, one prompt after the other, rewarded."""
         objective, dataset = self.objective, self.prepared.train
         asked = [prompt for prompt in prompts for _ in range(objective.completions)]
+        began = time.process_time()
         found = generate(
             self.loaded,
             self.policy.route,
@@ -126,6 +129,7 @@ class Rollouts:
             seed=seed_for(self.seed, "rollouts", place.epoch, place.position),
             batch_size=AT_ONCE,
         )
+        self.writing_cpu_seconds = time.process_time() - began
         rollouts = []
         for number, (prompt, answer) in enumerate(zip(asked, found, strict=True)):
             # the end token is an action: a model that never learns to stop would be paid for it
