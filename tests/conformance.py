@@ -5,7 +5,7 @@ Cases are (kind, settings) by name; a new entry of the table is a case with its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,9 @@ REFUSED: dict[tuple[str, str], str] = {
 }
 
 
-def built(case: str) -> Method:
+def built(case: str, table: Mapping[str, tuple[str, dict[str, Any]]] = CASES) -> Method:
     """The method of a case."""
-    kind, settings = CASES[case]
+    kind, settings = table[case]
     method: Method = METHODS.load(kind)(**settings)
     return method
 

@@ -322,7 +322,7 @@ MODEL: dict[str, Case] = {
     "vocabulary mismatch": model(
         lambda f: edit_json(f / "config.json", vocab_size=100), "tokenizer.json", "100 rows", "with the weights"
     ),
-    "an adapter for a model": model(to_adapter, "model", "an adapter, not a model", "some/base"),
+    "an adapter for a model": model(to_adapter, "some/base", "no such folder"),
     "a weights file": plain("model.safetensors", "folder", code=4, model="model/model.safetensors"),
     "an encoder that should write": Case(
         lambda f: edit_json(f / "model/config.json", model_type="bert"),

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-from conformance import CASES as TABLE
+from conformance import CASES as OF_METHODS
 from conformance import IN_PLACE, built
 from safetensors.torch import save_file
 from several import METHODS, examples, steps
@@ -114,7 +114,7 @@ STEPS = 4
 LOW = {"low-pipeline": Case(LayoutSection(pipeline=2), low=True), "low-tensor": Case(LayoutSection(tensor=2), low=True)}
 # the table of methods, in both ways to cut a model
 CUTS = {"tensor": Case(LayoutSection(tensor=2), exact=True), "pipeline": Case(LayoutSection(pipeline=2))}
-TABLE |= {
+TABLE = OF_METHODS | {
     "top_layers 3": ("top_layers", {"layers": 3}),
     "lora maps": ("lora", {"rank": 2, "targets": ("q", "o"), "also_train": ("v", "down")}),
 }
@@ -131,7 +131,7 @@ def made(method: str, layout: Layout, case: Case) -> Any:
     if case.base != "same":
         hold_as_codes(loaded.model, quantisable(loaded.model), case.base, dtype, {})
     loaded.predicts = case.problem
-    adapter = (METHODS[method] if method in METHODS else built(method)).attach(loaded, seed=1)
+    adapter = (METHODS[method] if method in METHODS else built(method, TABLE)).attach(loaded, seed=1)
     if method not in IN_PLACE:
         with torch.no_grad():  # a B of zeros leaves A without a gradient
             for number, parameter in enumerate(adapter.parameters.values()):

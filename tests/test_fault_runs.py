@@ -129,7 +129,6 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str, int, tuple[str, ...]]] =
     "no result yet": (unfinish, "generate run --prompt x", 4, ("run", "no result yet", "--resume")),
     "an export over the run": (lambda f: None, "export run run --to merged", 2, ("run", "exists", "another place")),
     "an export of what has no result": (unfinish, "export run out --to merged", 4, ("run", "no result yet")),
-    "a run as the model": (lambda f: None, "check c.yaml model=run", 4, ("run", "a run folder, not a model", "merged")),
 }  # fmt: skip
 
 

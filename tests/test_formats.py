@@ -79,8 +79,8 @@ def test_prompts_have_answers_to_compare_with_or_none() -> None:
     bare = convert({"prompt": "1 + 2?"}, "prompts", "a.jsonl:1")
     assert isinstance(bare, Dialogue)
     assert (bare.completion, bare.messages[-1].supervised) == ("", False)
-    assert fits({"prompt": "1 + 2?", "chosen": "3", "rejected": "4"}) is None
-    assert fits({"prompt": "1 + 2?", "answers": ["3"], "ranks": [1]}) is None
+    assert fits({"prompt": "1 + 2?", "chosen": "3", "rejected": "4"}) == "preference"
+    assert fits({"prompt": "1 + 2?", "answers": ["3"], "ranks": [1]}) == "ranking"
 
 
 def test_the_formats_of_instructions_keep_instruction_and_context_apart() -> None:

@@ -18,7 +18,7 @@ from tunesmith.core.files import read_json
 from tunesmith.models.families import family_of
 from tunesmith.models.source import resolve
 from tunesmith.parallel.layout import AutoLayout, LayoutSection, Shard
-from tunesmith.parallel.limits import METHODS, check_model, refusals
+from tunesmith.parallel.limits import check_model, refusals
 from tunesmith.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tunesmith.plan.placed import Placed
 
 AS_FAST = 1.02
+RANKED = ("full", "lora")  # methods whose memory and messages the planner knows in every layout
 # what is assumed of CPUs, for they are compared with each other alone: a core's products, and messages within a machine
 CORE_TFLOPS, CPU_GB_PER_SECOND, CPU_LINK = 0.1, 10.0, {"gb_per_second": 1.5, "microseconds": 50.0}
 
@@ -82,9 +83,9 @@ def possible(config: Config, processes: int) -> Iterator[LayoutSection]:
 
 
 def _is_ranked(config: Config, settings: dict[str, Any]) -> bool:
-    """Whether the planner can place the run, and every layout was tried with its method."""
+    """Whether the planner can place the run."""
     decoder = family_of(settings).kind == "decoder" and not config.objective.predicts
-    return decoder and config.method.kind in METHODS and config.precision.base == "same"
+    return decoder and config.method.kind in RANKED and config.precision.base == "same"
 
 
 def _allowed(
