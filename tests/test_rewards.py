@@ -59,7 +59,7 @@ def test_a_reward_pays_for_what_it_says(entry: dict[str, Any], answer: str, comp
 
 def test_every_verifier_of_the_table_has_a_case_that_earns_and_one_that_does_not() -> None:
     """Kills: a reward without a test."""
-    for kind in set(REWARDS.names()) - {"python"}:
+    for kind in set(REWARDS.names()) - {"python", "run"}:
         assert {bool(wanted) for entry, _, _, wanted in CASES if entry["kind"] == kind} == {True, False}
 
 
@@ -106,7 +106,7 @@ def test_a_row_without_a_call_is_named() -> None:
         ({"kind": "regex"}, "pattern"),
         ({"kind": "exact_answer", "befor": "x"}, "its keys are weight after"),
         ({"kind": "stage:reward"}, "not there yet"),
-        ({"kind": "runs/reward"}, "not there yet"),
+        ({"kind": "run", "run": "runs/reward"}, "no run with an adapter"),
         ({"kind": "python", "function": "nowhere.py:judge"}, "cannot be read"),
     ],
 )

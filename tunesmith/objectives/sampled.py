@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def _listed(value: Any) -> Any:
-    """One reward or a list of them, each as a section: `x`, `file.py:function`, or `{kind: x, weight: w, ...}`."""
+    """Sections of one reward or a list: `x`, `file.py:function`, a run's folder, or `{kind: x, weight: w, ...}`."""
     entries = value if isinstance(value, list | tuple) else [value]
     if not entries:
         raise ValueError("a reward is needed: a name, file.py:function, or a list of them")
@@ -33,9 +33,11 @@ def _section(entry: Any) -> dict[str, Any]:
     if isinstance(entry, dict) and isinstance(entry.get("kind"), str):
         return entry
     if not isinstance(entry, str) or not entry:
-        raise ValueError(f"a reward is a name, file.py:function, or {{kind: X, ...}}, not {entry!r}")
+        raise ValueError(f"a reward is a name, file.py:function, a run's folder, or {{kind: X, ...}}, not {entry!r}")
     path, _, function = entry.rpartition(":")
-    return {"kind": "python", "function": entry} if path.endswith(".py") and function else {"kind": entry}
+    if path.endswith(".py") and function:
+        return {"kind": "python", "function": entry}
+    return {"kind": "run", "run": entry} if "/" in entry else {"kind": entry}
 
 
 def _written(rewards: tuple[dict[str, Any], ...]) -> Any:
@@ -76,7 +78,8 @@ class Sampled(Objective):
     """What objectives over a model's own completions have in common.
 
     Attributes:
-        reward: what a completion earns: a name, file.py:function, or a list of sections with weights that add up.
+        reward: what a completion earns: a name, file.py:function, the folder of a reward model's run, or a list of
+            sections with weights that add up.
         kl: how much it costs to move away from the reference, the model as the run received it.
         clip: how far the probability of a token may move before it counts no more.
         max_new_tokens: of a completion; its end token is one of them.

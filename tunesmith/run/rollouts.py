@@ -7,6 +7,7 @@ on disk before the first of them, so that a run that is killed anywhere goes on 
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,14 +22,17 @@ from torch import Tensor
 from tunesmith.core.rng import seed_for
 from tunesmith.core.types import Actions, Batch
 from tunesmith.data.batch import to_batch
-from tunesmith.data.encode import Example, Prompt
+from tunesmith.data.encode import Example, Prompt, encode_row
 from tunesmith.data.pack import Cursor, Step, cut
+from tunesmith.data.rows import Message
 from tunesmith.evaluate.rewards import open_rewards
+from tunesmith.evaluate.rewards.trained import Trained
 from tunesmith.models.generate import generate
 from tunesmith.models.heads import value_head
 from tunesmith.models.route import Route
 from tunesmith.objectives.sampled import Sampled, Written
 from tunesmith.run.kept_rollouts import Kept, Minibatches, Rollout
+from tunesmith.run.reward_models import RewardModels
 from tunesmith.run.watching import Shown, Signs
 
 if TYPE_CHECKING:
@@ -71,7 +75,9 @@ class Rollouts:
         self.reference = policy.under(received) if objective.kl else None
         if objective.has_values:
             policy.value = value_head(loaded, prepared.config.train.seed)
-        self.rewards = open_rewards(objective.reward)
+        rewards = open_rewards(objective.reward)
+        self.rewards = [reward for reward in rewards if not isinstance(reward, Trained)]
+        self.models = RewardModels(loaded, [reward for reward in rewards if isinstance(reward, Trained)])
         self.seed, self.updates = prepared.config.train.seed, objective.passes * objective.parts
         self.kept = Kept(folder / "rollouts", prepared.config.train, self.updates)
         self.minibatches: Minibatches = []
@@ -137,8 +143,11 @@ class Rollouts:
             learnt = [False] * len(prompt.ids) + [True] * len(ids)
             example = Example(prompt.ids + ids, learnt, prompt.dialogue.where)
             text = self.prepared.codec.decode(answer.ids).strip()
-            rollouts.append(Rollout(number, example, prompt.question, text, self.reward(prompt, text), answer.stopped))
-        return rollouts
+            rollouts.append(
+                Rollout(number, example, prompt.question, text, self.verified(prompt, text), answer.stopped)
+            )
+        scores = self.models.scores(self.policy, [one.example for one in rollouts])
+        return [replace(one, reward=one.reward + score) for one, score in zip(rollouts, scores, strict=True)]
 
     def watchers(self, folder: Path) -> list[Shown | Signs]:
         """Who sees every record of the run: what is shown of its completions is kept, and signs of trouble are told."""
@@ -154,11 +163,20 @@ class Rollouts:
         found = (self.prepared.train.prompt(*place) for place in self.prepared.train.places())
         prompts = list(islice((prompt for prompt in found if isinstance(prompt, Prompt)), most))
         text = Counter(prompt.dialogue.completion for prompt in prompts).most_common(1)[0][0].strip()
-        return {"text": text, "reward": sum(self.reward(prompt, text) for prompt in prompts) / len(prompts)}
+        said = [self._document(prompt, text) for prompt in prompts] if self.models.routes else []
+        earned = sum(self.verified(prompt, text) for prompt in prompts) + sum(self.models.scores(self.policy, said))
+        return {"text": text, "reward": earned / len(prompts)}
 
-    def reward(self, prompt: Prompt, text: str) -> float:
-        """What a completion earns, all rewards together."""
+    def verified(self, prompt: Prompt, text: str) -> float:
+        """What a completion earns of all rewards but those of models."""
         return sum(reward.weight * reward(prompt, text) for reward in self.rewards)
+
+    def _document(self, prompt: Prompt, text: str) -> Example:
+        """A row with a completion that nobody wrote, as it would be learnt from."""
+        said = replace(prompt.dialogue, messages=(*prompt.dialogue.prompt, Message("assistant", text, supervised=True)))
+        found = encode_row(said, self.prepared.train.template_of(said), self.prepared.codec, sys.maxsize)
+        assert isinstance(found, Example)
+        return found
 
     @torch.no_grad()
     def _known(self, rows: Sequence[Rollout]) -> list[Rollout]:

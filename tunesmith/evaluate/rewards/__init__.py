@@ -26,6 +26,7 @@ REWARDS = Registry(
         "logical_form": (f"{_HERE}.logical_form:LogicalForm", "1 for SQL that asks what the data's asks"),
         "python": (f"{_HERE}.python:Python", "what a function of yours says, named as file.py:function"),
         "regex": (f"{_HERE}.regex:Regex", "1 where a pattern is found"),
+        "run": (f"{_HERE}.trained:Trained", "what a reward model says: the folder of a run of objective: reward"),
     },
 )
 
@@ -37,10 +38,8 @@ def open_rewards(entries: Iterable[Mapping[str, Any]], where: str = "objective.r
 
 def _open(entry: dict[str, Any], where: str) -> Reward:
     name = str(entry["kind"])
-    if name.startswith("stage:") or "/" in name:
-        raise ConfigError(
-            f"{name!r}: rewards of a reward model are not there yet", where=where, hint="take a verifier or a function"
-        )
+    if name.startswith("stage:"):
+        raise ConfigError(f"{name!r}: stages are not there yet", where=where, hint="name the folder of the reward run")
     kind = REWARDS.load(name, where)
     try:
         reward: Reward = kind.model_validate(entry)
