@@ -204,17 +204,18 @@ def trace_seen(
 
 
 def trace_evaluation(model: nn.Module, loss: Callable[[Batch], Tensor], seen: Seen) -> Traced:
-    """The same in evaluation mode, without a backward; the model trains again afterwards."""
+    """The same in evaluation mode, without a backward; the model is in the mode it was in afterwards."""
 
     def judged(batch: Batch) -> Tensor:
         with torch.no_grad():
             return loss(batch)
 
+    trained = model.training
     model.eval()
     try:
         return trace_seen(model, judged, seen)
     finally:
-        model.train()
+        model.train(trained)
 
 
 def measure(model: nn.Module, loss: Callable[[], Tensor], tokens: int, *, wide_gradients: bool = False) -> Traced:

@@ -59,7 +59,9 @@ def plan_run(
     adapter = config.method.attach(loaded, seed=config.train.seed)
     policy = Policy(loaded, adapter.route, packed=config.data.packing)
     totals = prepared.totals
-    policy.train()  # as it will be: dropout keeps its masks
+    # as it will be, for dropout keeps its masks; but tuners of peft then ask numbers, which a trace has none of
+    trains = config.method.kind != "peft"
+    policy.train(trains)
     shape = read_shape(prepared.folder)
     met, micro_batches = largest(prepared, policy, shape)
     held_out = judged(prepared, policy)
@@ -69,7 +71,7 @@ def plan_run(
     policy.value = value_head(loaded, config.train.seed) if config.objective.has_values else None
     trained = [*adapter.parameters.values(), *(policy.value.parameters() if policy.value is not None else ())]
     heads = [head for head in (adapter.head, policy.value) if head is not None]
-    model = nn.ModuleList([loaded.model, *heads]) if heads else loaded.model
+    model = (nn.ModuleList([loaded.model, *heads]) if heads else loaded.model).train(trains)
     speed = (calibration or calibrate(shape, sum(lengths), compute)) if calibrated else None
 
     def made(how: How | Recompute) -> Plan:
