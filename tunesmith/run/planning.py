@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +13,15 @@ from tunesmith.run.largest import judged, largest
 from tunesmith.run.prepare import Prepared
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from tunesmith.config import Config
     from tunesmith.core.types import Batch
     from tunesmith.models.load import Loaded
+    from tunesmith.models.policy import Policy
     from tunesmith.models.recompute import How, Recompute
     from tunesmith.plan.calibration import Calibration
-    from tunesmith.plan.plan import Plan
+    from tunesmith.plan.plan import Plan, Workload
     from tunesmith.plan.shape import ModelShape
 
 
@@ -38,43 +39,45 @@ def plan_run(
         calibration: how fast the machine is; None measures this one, once, for a second or two.
         chosen: what an earlier plan of the run chose to recompute, for `train.recompute: auto`; None chooses now.
     """
-    import torch
-    from torch import nn
-
-    from tunesmith.models.heads import value_head
-    from tunesmith.models.policy import Policy
     from tunesmith.models.recompute import Blocks
-    from tunesmith.plan.calibration import calibrate
     from tunesmith.plan.choice import cheapest
-    from tunesmith.plan.memory import tensor_specs
-    from tunesmith.plan.plan import Workload, make_plan
     from tunesmith.plan.room import room_bytes
-    from tunesmith.plan.shape import read_shape
-    from tunesmith.train.offload import Offload
-    from tunesmith.train.precision import resolve
 
-    config = prepared.config
-    compute = resolve(config.precision)
-    loaded = open_meta(prepared)
-    adapter = config.method.attach(loaded, seed=config.train.seed)
-    policy = Policy(loaded, adapter.route, packed=config.data.packing)
-    totals = prepared.totals
-    # as it will be, for dropout keeps its masks; but tuners of peft then ask numbers, which a trace has none of
-    trains = config.method.kind != "peft"
-    policy.train(trains)
-    shape = read_shape(prepared.folder)
-    met, micro_batches = largest(prepared, policy, shape)
-    held_out = judged(prepared, policy)
-    batch = met[0].seen.batch
-    lengths, share = batch.lengths, batch.targets.numel() / max(1, batch.ids.numel())
-    spread = _spread(prepared, shape, loaded.model.dtype.itemsize, lengths, micro_batches)
-    policy.value = value_head(loaded, config.train.seed) if config.objective.has_values else None
-    trained = [*adapter.parameters.values(), *(policy.value.parameters() if policy.value is not None else ())]
-    heads = [head for head in (adapter.head, policy.value) if head is not None]
-    model = (nn.ModuleList([loaded.model, *heads]) if heads else loaded.model).train(trains)
-    speed = (calibration or calibrate(shape, sum(lengths), compute)) if calibrated else None
+    config, loaded = prepared.config, open_meta(prepared)
+    made = _traced(prepared, loaded, calibrated, calibration).plan
+    # blocks that listen to hooks run as transformers has them (`models.blocks.fits`)
+    plain = without("elementwise") if config.layout.shard == "zero3" else nullcontext()
+    with plain:
+        if config.train.recompute != "auto":
+            return made(config.train.recompute)
+        if chosen is not None:
+            return replace(made(recomputed(config, chosen)), recompute=chosen)
+        # the processes share what there is
+        return cheapest(made, Blocks(loaded.model, loaded.family).count, room_bytes() // config.layout.processes)
 
-    def made(how: How | Recompute) -> Plan:
+
+@dataclass(frozen=True)
+class _Traced:
+    """The model of a run with all that trains beside it, on the meta device, and what it meets."""
+
+    config: Config
+    policy: Policy
+    model: nn.Module
+    trained: list[nn.Parameter]
+    shape: ModelShape
+    work: Workload
+    spread: Any
+    speed: Calibration | None
+
+    def plan(self, how: How | Recompute) -> Plan:
+        """Where so much is computed again."""
+        import torch
+
+        from tunesmith.plan.memory import tensor_specs
+        from tunesmith.plan.plan import make_plan
+        from tunesmith.train.offload import Offload
+
+        config, policy = self.config, self.policy
         policy.recompute(how)
         offload = Offload(config.train.offload, policy, torch.device("cpu"), Path(config.out))
 
@@ -83,39 +86,60 @@ def plan_run(
                 return config.objective.loss(policy, batch).total
 
         found = make_plan(
-            model,
-            shape,
-            Workload(
-                totals.steps,
-                totals.tokens,
-                lengths,
-                share,
-                config.objective.predicts,
-                micro_batches * totals.steps * config.layout.data,
-                met,
-                held_out,
-            ),
-            trainable=trained,
+            self.model,
+            self.shape,
+            self.work,
+            trainable=self.trained,
             loss=loss,
             master=config.precision.master,
             optimizer_state=config.train.optimizer_state,
             offload_optimizer=config.train.offload == "optimizer",
-            calibration=speed,
+            calibration=self.speed,
         )
         spilled = found.memory.offloaded_bytes + offload.spilled_bytes
         found = replace(found, memory=replace(found.memory, offloaded_bytes=spilled))
-        return spread.applied(found, tensor_specs(model, trained))
+        return self.spread.applied(found, tensor_specs(self.model, self.trained))
 
-    # blocks that listen to hooks run as transformers has them (`models.blocks.fits`)
-    plain = without("elementwise") if config.layout.shard == "zero3" else nullcontext()
 
-    with plain:
-        if config.train.recompute != "auto":
-            return made(config.train.recompute)
-        if chosen is not None:
-            return replace(made(recomputed(config, chosen)), recompute=chosen)
-        # the processes share what there is
-        return cheapest(made, Blocks(loaded.model, loaded.family).count, room_bytes() // config.layout.processes)
+def _traced(prepared: Prepared, loaded: Loaded, calibrated: bool, calibration: Calibration | None) -> _Traced:
+    from torch import nn
+
+    from tunesmith.models.heads import value_head
+    from tunesmith.models.policy import Policy
+    from tunesmith.plan.calibration import calibrate
+    from tunesmith.plan.shape import read_shape
+    from tunesmith.train.precision import resolve
+
+    config = prepared.config
+    adapter = config.method.attach(loaded, seed=config.train.seed)
+    policy = Policy(loaded, adapter.route, packed=config.data.packing)
+    # as it will be, for dropout keeps its masks; but tuners of peft then ask numbers, which a trace has none of
+    trains = config.method.kind != "peft"
+    policy.train(trains)
+    shape = read_shape(prepared.folder)
+    work, micro_batches = _work(prepared, policy, shape)
+    spread = _spread(prepared, shape, loaded.model.dtype.itemsize, work.lengths, micro_batches)
+    policy.value = value_head(loaded, config.train.seed) if config.objective.has_values else None
+    heads = [head for head in (adapter.head, policy.value) if head is not None]
+    model = (nn.ModuleList([loaded.model, *heads]) if heads else loaded.model).train(trains)
+    trained = [*adapter.parameters.values(), *(policy.value.parameters() if policy.value is not None else ())]
+    speed = (calibration or calibrate(shape, work.micro_tokens, resolve(config.precision))) if calibrated else None
+    return _Traced(config, policy, model, trained, shape, work, spread, speed)
+
+
+def _work(prepared: Prepared, policy: Policy, shape: ModelShape) -> tuple[Workload, float]:
+    """How much there is to do, and how many micro-batches a process makes in a step."""
+    from tunesmith.plan.plan import Workload
+
+    config, totals = prepared.config, prepared.totals
+    met, micro_batches = largest(prepared, policy, shape)
+    held_out = judged(prepared, policy)
+    batch = met[0].seen.batch
+    share = batch.targets.numel() / max(1, batch.ids.numel())
+    passes = micro_batches * totals.steps * config.layout.data
+    predicts = config.objective.predicts
+    work = Workload(totals.steps, totals.tokens, batch.lengths, share, predicts, passes, met, held_out)
+    return work, micro_batches
 
 
 def recomputed(config: Config, chosen: dict[str, Any] | None) -> How | Recompute:
