@@ -69,13 +69,17 @@ def _read(folder: Path) -> story.Files:
 
 def render_page(name: str, page: dict[str, Any]) -> str:
     """A template beside this file as a page: everything escaped, one style, no script, nothing from the network."""
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    home = resources.files("tunesmith.evaluate")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True,
+        loader=PackageLoader("tunesmith", "evaluate"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters.update(bytes=in_bytes, count=in_count, time=in_time, visible=visible)
-    template = environment.from_string(home.joinpath(name).read_text("utf-8"))
-    return template.render(page, style=_style(), policy=page_policy())
+    return environment.get_template(name).render(page, style=_style(), policy=page_policy())
 
 
 def page_policy() -> str:
