@@ -17,23 +17,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.seeds import over_seeds
+
 ROOT = Path(__file__).resolve().parents[1]
 FORMATS = ("fp32", "bf16", "fp16")
 
 
 def main() -> None:
     """Runs every format with every seed and prints a row for each format."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = over_seeds(__doc__, model="minilm", steps=40, rows=16, judged=400, lr=3e-4)
     parser.add_argument("train", type=Path)
     parser.add_argument("dev", type=Path)
-    parser.add_argument("--model", default="minilm")
     parser.add_argument("--method", default="full")
     parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rows", type=int, default=16, help="of a step")
-    parser.add_argument("--judged", type=int, default=400, help="rows of DEV")
-    parser.add_argument("--lr", type=float, default=3e-4)
     options = parser.parse_args()
     print("| compute | accuracy, each seed | mean | processor seconds a step | tensors (plan) | peak of the process |")
     print("|---|---|---|---|---|---|", flush=True)

@@ -126,6 +126,9 @@ def theirs(options: argparse.Namespace) -> list[dict[str, float]]:
             written.update(writing=time.process_time() - start, tokens=sum(map(len, found[1])))
             return found
 
+    def scores(completions: list[str], **more: Any) -> list[float | None]:
+        return [len(text) / 100 for text in completions]
+
     with tempfile.TemporaryDirectory() as held:
         batch = options.rows * options.group
         settings = GRPOConfig(
@@ -138,7 +141,7 @@ def theirs(options: argparse.Namespace) -> list[dict[str, float]]:
         rows = [json.loads(line)["prompt"] for line in Path(options.prompts).read_text().splitlines()]
         trainer = Watched(
             model=load(options.model, dtype="bf16").model,
-            reward_funcs=lambda completions, **more: [len(text) / 100 for text in completions],
+            reward_funcs=scores,
             args=settings,
             train_dataset=Dataset.from_dict({"prompt": rows}),
             processing_class=AutoTokenizer.from_pretrained(resolve(options.model)),

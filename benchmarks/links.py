@@ -39,7 +39,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, nargs=2, help=argparse.SUPPRESS)  # a worker: its number, of how many
     options = parser.parse_args()
     if options.rank:
-        work(*options.rank, options.most)
+        rank, ranks = options.rank
+        work(rank, ranks, options.most)
         return
     rows = [row for ranks in options.ranks for row in measured(ranks, options.megabits, options.most)]
     links = fitted(rows)

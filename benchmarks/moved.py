@@ -14,20 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.first_steps import batch_of
 from benchmarks.rows import make_steps
+from benchmarks.seeds import over_seeds
 
 WAYS = {"fp32": ("fp32", True), "bf16 with masters": ("bf16", True), "bf16 without": ("bf16", False)}
 
 
 def main() -> None:
     """Runs every way with every seed and prints a row each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=2, help="of an update")
-    parser.add_argument("--judged", type=int, default=16, help="rows that are not learnt")
-    parser.add_argument("--lr", type=float, default=1e-5)
-    options = parser.parse_args()
+    options = over_seeds(__doc__, model="smollm2-135m", steps=4, rows=2, judged=16, lr=1e-5).parse_args()
     print("| | seed | moved by the optimizer | as many as fp32 | changed in the model | loss on other rows |")
     print("|---|---|---|---|---|---|", flush=True)
     for seed in range(options.seeds):

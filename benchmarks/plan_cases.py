@@ -166,6 +166,7 @@ def labelled(folder: Path) -> Path:
     if not path.exists():
         from tunesmith.data.codec import Codec
         from tunesmith.data.dataset import open_data
+        from tunesmith.data.rows import Dialogue
         from tunesmith.data.section import DataSection
         from tunesmith.models.source import resolve
 
@@ -173,6 +174,7 @@ def labelled(folder: Path) -> Path:
         data = open_data(section.train, section, Codec.open(resolve("minilm")))
         lines = []
         for dialogue in data.rows():
+            assert isinstance(dialogue, Dialogue)
             question, answer = dialogue.prompt[-1].content, dialogue.completion
             label = "long" if len(answer) > len(question) else "short"
             lines.append(json.dumps({"text": f"{question}\n{answer}", "label": label}))

@@ -87,9 +87,9 @@ class Watch:
     def _load(self) -> None:
         load = running._load
 
-        def loading(*given: Any) -> Any:
+        def loading(prepared: Any, compute: str) -> Any:
             with self.loading:
-                loaded = load(*given)
+                loaded = load(prepared, compute)
             model = loaded.model
             self.weights_bytes = storage_bytes([*model.parameters(), *model.buffers()])
             self.resident_loaded_bytes = peak_bytes()
