@@ -1,4 +1,4 @@
-"""What a comparison holds and gives: turns, imported and exported rows, sampled answers, a model's verdicts."""
+"""What a comparison holds and gives: turns, imported and exported rows, sampled answers, what is shown."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ import pytest
 from comparing import filled, judgement
 from fault_cases import run_here
 from row_files import lines
+from test_compare_incoming import COMPARISONS, HH
 from tiny_folders import tiny_folder
 
-from tunesmith.compare.incoming import incoming
 from tunesmith.compare.shown import shown
 from tunesmith.compare.store import Store, Written
 from tunesmith.compare.tables import connect
 from tunesmith.compare.turns import HELD_SECONDS, Conflict, Sent, Turns
-from tunesmith.compare.verdicts import both_orders, question, ranks, verdict
-from tunesmith.core.errors import ConfigError, DataError
+from tunesmith.core.errors import ConfigError
 from tunesmith.run.comparison import Sampling, open_store, open_writers, sample
 
 
@@ -139,111 +138,6 @@ def test_a_database_of_another_kind_is_told_without_its_password(url: str) -> No
 
 
 # rows in and out
-
-HH = "\n\nHuman: Hello\n\nAssistant: Hi.\n\nHuman: And now?\n\nAssistant:"
-COMPARISONS: dict[str, tuple[dict[str, Any], list[str], list[list[int]]]] = {
-    "hh": ({"chosen": f"{HH} Bye.", "rejected": f"{HH} What"}, ["Bye.", "What"], [[1, 2]]),
-    "hh that part early": (
-        {
-            "chosen": "\n\nHuman: Q\n\nAssistant: a\n\nHuman: And?\n\nAssistant: c",
-            "rejected": "\n\nHuman: Q\n\nAssistant: b",
-        },
-        ["a\n\nHuman: And?\n\nAssistant: c", "b"],
-        [[1, 2]],
-    ),
-    "preference": ({"prompt": "Q", "chosen": "a", "rejected": "b"}, ["a", "b"], [[1, 2]]),
-    "messages": (
-        {
-            "chosen": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "a"}],
-            "rejected": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "b"}],
-        },
-        ["a", "b"],
-        [[1, 2]],
-    ),
-    "sharegpt": (
-        {
-            "conversations": [{"from": "human", "value": "Q"}],
-            "chosen": {"from": "gpt", "value": "a"},
-            "rejected": {"from": "gpt", "value": "b"},
-        },
-        ["a", "b"],
-        [[1, 2]],
-    ),
-    "ranking": ({"prompt": "Q", "answers": ["a", "b", "c"], "ranks": [5, 2, 5]}, ["a", "b", "c"], [[2, 1, 2]]),
-    "no ranks": ({"prompt": "Q", "answers": ["a", "b"]}, ["a", "b"], []),
-    "argilla 2": (
-        {
-            "fields": {"instruction": "Q", "response-1": "a", "response-2": "b"},
-            "responses": {"preference": [{"value": ["response-2", "response-1"], "user_id": "u1"}]},
-        },
-        ["a", "b"],
-        [[2, 1]],
-    ),
-    "argilla 1": (
-        {
-            "fields": {"prompt": "Q", "response-1": "a", "response-2": "b"},
-            "responses": [
-                {
-                    "user_id": "u1",
-                    "status": "submitted",
-                    "values": {
-                        "r": {"value": [{"value": "response-1", "rank": 1}, {"value": "response-2", "rank": 1}]}
-                    },
-                },
-                {"user_id": "u2", "status": "discarded", "values": {}},
-            ],
-        },
-        ["a", "b"],
-        [[1, 1]],
-    ),
-    "label studio pairwise": (
-        {
-            "data": {"prompt": "Q", "answer1": "a", "answer2": "b"},
-            "annotations": [
-                {"completed_by": 7, "lead_time": 3.5, "result": [{"type": "pairwise", "value": {"selected": "right"}}]},
-                {"completed_by": 8, "was_cancelled": True, "result": []},
-            ],
-        },
-        ["a", "b"],
-        [[2, 1]],
-    ),
-    "label studio ranker": (
-        {
-            "data": {"prompt": "Q", "items": [{"id": "x", "body": "a"}, {"id": "y", "body": "b"}]},
-            "annotations": [{"completed_by": 7, "result": [{"type": "ranker", "value": {"ranker": ["y", "x"]}}]}],
-        },
-        ["a", "b"],
-        [[2, 1]],
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", COMPARISONS)
-def test_comparisons_of_others_are_read(kind: str) -> None:
-    """Kills: chosen for rejected, right for left, ranks of a tie broken, a cancelled annotation that counts."""
-    row, answers, said = COMPARISONS[kind]
-    found = incoming(row, "rows.jsonl:1")
-    assert [text for _, text in found.answers] == answers
-    assert [one.ranks for one in found.said] == said
-    assert found.messages[-1] == {"role": "user", "content": "And now?" if kind == "hh" else "Q"}
-    assert len(found.messages) == (3 if kind == "hh" else 1)
-
-
-@pytest.mark.parametrize(
-    ("row", "told"),
-    [
-        ({"question": "Q"}, r"of no kind of comparison"),
-        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}, "one conversation"),
-        ({"prompt": "Q", "answers": ["a"]}, "there are 1 answers"),
-        ({"prompt": "Q", "answers": ["a", "b"], "ranks": [1]}, "2 answers and 1 ranks"),
-        ({"prompt": "Q", "answers": ["a", "b"], "ranks": [1, True]}, "whole number"),
-        ({"prompt": "Q", "chosen": 1, "rejected": "b"}, "text is needed"),
-    ],
-)
-def test_a_row_that_is_no_comparison_is_named(row: dict[str, Any], told: str) -> None:
-    with pytest.raises(DataError, match=told) as caught:
-        incoming(row, "rows.jsonl:3")
-    assert caught.value.where == "rows.jsonl:3"
 
 
 def test_imported_comparisons_come_out_as_rows_and_importing_again_adds_nothing(tmp_path: Path) -> None:
@@ -403,40 +297,6 @@ def test_what_cannot_be_compared_is_told(
     assert done["code"] == code
     assert told in done["err"]
     assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
-
-
-# verdicts
-
-
-def test_a_model_that_prefers_places_prefers_nothing() -> None:
-    """Kills: the swapped verdict taken as it is."""
-    assert both_orders(1, 1) == 0
-    assert both_orders(1, -1) == 1
-    assert both_orders(-1, 1) == -1
-    assert both_orders(0, 0) == 0
-    assert both_orders(None, 1) is None
-
-
-@pytest.mark.parametrize(
-    ("said", "wanted"),
-    [("A", 1), ("B.", -1), ("**C**", 0), ("A good answer, but B", -1), ("[[A]]", 1), ("ABC", None), ("", None)],
-)
-def test_the_last_letter_alone_is_the_verdict(said: str, wanted: int | None) -> None:
-    assert verdict(said) == wanted
-
-
-def test_a_judge_is_asked_about_answers_that_hold_braces() -> None:
-    """Kills: an answer that is read as a template."""
-    [asked] = question([{"role": "user", "content": "{first}"}], "{second}", "{0} %s")
-    assert "[Request]\n{first}" in asked["content"]
-    assert "[Answer A]\n{second}" in asked["content"]
-    assert "[Answer B]\n{0} %s" in asked["content"]
-
-
-def test_a_ranking_follows_from_the_pairs() -> None:
-    """D > C > A = B. Kills: ranks from losses, ties broken."""
-    pairs = {(0, 1): 0, (0, 2): -1, (0, 3): -1, (1, 2): -1, (1, 3): -1, (2, 3): -1}
-    assert ranks(4, pairs) == [3, 3, 2, 1]
 
 
 # what is shown

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from tiny_encoders import encoder_folder, opinions, write_rows
 from tiny_folders import tiny_folder
+from tiny_runs import metric, read, records, short_run
 
-from tunesmith.config import build_config
+from tunesmith.config import Config
 from tunesmith.core.errors import ConfigError, DataError, Stopped
 from tunesmith.run import run
 from tunesmith.run.head_exam import HeadExam
@@ -34,29 +35,13 @@ METHODS_AND_RATES = {
 }
 
 
-def config(folder: Path, model: Path, rows: list[dict[str, Any]], **changes: Any) -> Any:
-    data = str(write_rows(folder / "rows.jsonl", rows))
-    raw: dict[str, Any] = {
-        "model": str(model),
-        "data": {"train": data, "eval": data},
-        "method": {"kind": "lora", "rank": 4, "targets": ["q", "v", "up"]},
+def config(folder: Path, model: Path, rows: list[dict[str, Any]], **changes: Any) -> Config:
+    usual = {
         "objective": "predict",
         "train": {"steps": 30, "rows_per_step": 20, "lr": 0.02},
-        "precision": {"compute": "fp32"},
         "evaluate": {"metrics": ["accuracy", "matthews", "f1", "loss"], "every": 15},
-        "log": [],
-        "out": str(folder / "run"),
     }
-    return build_config({**raw, **changes})
-
-
-def read(folder: Path, name: str) -> Any:
-    return json.loads((folder / name).read_text())
-
-
-def metric(folder: Path, model: str, name: str) -> float:
-    [row] = [row for row in read(folder, "eval.json")["models"] if row["name"].startswith(model)]
-    return float(row["metrics"][name]["value"])
+    return short_run(folder, model, rows, **{**usual, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +64,9 @@ def test_a_tiny_encoder_learns_to_tell_opinions_apart(method: str, encoder: Path
     sample = json.loads((done / "samples.jsonl").read_text().splitlines()[0])
     assert sample["prompt"] == "the film is good"
     assert sample["references"] == ["good"] == [sample["tuned"]]
-    records = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
-    assert records[-1]["eval_accuracy"] == metric(done, "tuned", "accuracy")
-    assert records[-1]["eval_loss"] == pytest.approx(metric(done, "tuned", "loss"), rel=1e-5)
+    last = records(done)[-1]
+    assert last["eval_accuracy"] == metric(done, "tuned", "accuracy")
+    assert last["eval_loss"] == pytest.approx(metric(done, "tuned", "loss"), rel=1e-5)
     afresh = judge_models([str(done)], Question(str(tmp_path / "rows.jsonl"), ("accuracy", "loss"), precision="fp32"))
     [model] = afresh["models"]
     assert model["metrics"]["loss"]["value"] == pytest.approx(metric(done, "tuned", "loss"), rel=1e-6)
@@ -199,8 +184,7 @@ def test_settings_that_do_not_fit_are_told_together(encoder: Path, tmp_path: Pat
 def test_an_untuned_head_is_the_one_that_training_begins_with(encoder: Path, tmp_path: Path) -> None:
     """The untuned row of the table is step 0 of the run. Kills: another draw of the head."""
     done = run(config(tmp_path, encoder, opinions(20), train={"steps": 1, "rows_per_step": 20, "lr": 0.02}))
-    first = json.loads((done / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["loss"] == pytest.approx(metric(done, "untuned", "loss"), rel=1e-5)
+    assert records(done)[0]["loss"] == pytest.approx(metric(done, "untuned", "loss"), rel=1e-5)
 
 
 @pytest.mark.slow

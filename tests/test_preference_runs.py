@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_encoders import encoder_folder, write_rows
+from tiny_encoders import encoder_folder
 from tiny_folders import tiny_folder
+from tiny_runs import metric, read, records, short_run
 
-from tunesmith.config import build_config
+from tunesmith.config import Config, build_config
 from tunesmith.core.errors import ConfigError, DataError, Stopped
 from tunesmith.data.batch import to_batch
 from tunesmith.models.policy import Policy
@@ -38,30 +39,13 @@ def pairs(count: int = 30) -> list[dict[str, Any]]:
     return rows
 
 
-def config(folder: Path, model: Path, rows: list[dict[str, Any]], **changes: Any) -> Any:
-    data = str(write_rows(folder / "rows.jsonl", rows))
-    raw: dict[str, Any] = {
-        "model": str(model),
-        "data": {"train": data, "eval": data},
-        "method": {"kind": "lora", "rank": 4, "targets": ["q", "v", "up"]},
+def config(folder: Path, model: Path, rows: list[dict[str, Any]], **changes: Any) -> Config:
+    usual = {
         "objective": "reward",
         "train": {"steps": 20, "rows_per_step": 10, "lr": 0.02},
-        "precision": {"compute": "fp32"},
         "evaluate": {"metrics": ["accuracy", "loss"], "every": 10},
-        "log": [],
-        "out": str(folder / "run"),
     }
-    return build_config({**raw, **changes})
-
-
-def metric(folder: Path, model: str, name: str) -> float:
-    models = json.loads((folder / "eval.json").read_text())["models"]
-    [row] = [row for row in models if row["name"].startswith(model)]
-    return float(row["metrics"][name]["value"])
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return short_run(folder, model, rows, **{**usual, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +71,7 @@ def test_a_tiny_decoder_learns_which_answers_are_better(rewarded: Path) -> None:
     assert last["rows"] == 10
     sample = json.loads((rewarded / "samples.jsonl").read_text().splitlines()[0])
     assert (sample["prompt"], sample["references"]) == ("the film was", [sample["tuned"]])
-    told = json.loads((rewarded / "eval.json").read_text())["pairs"]
+    told = read(rewarded, "eval.json")["pairs"]
     assert sum(part["pairs"] for part in told["by_length"]) == 30 == sum(part["pairs"] for part in told["calibration"])
     page = (rewarded / "report.html").read_text()
     assert "Calibration" in page

@@ -9,8 +9,9 @@ import pytest
 import torch
 from test_preference_runs import config as reward_config
 from test_preference_runs import pairs
-from test_rollouts import config, records
+from test_rollouts import config
 from tiny_folders import tiny_folder
+from tiny_runs import records
 
 from tunesmith.core.errors import ConfigError
 from tunesmith.data.batch import to_batch

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_folders import tiny_folder
+from tiny_runs import records
 
 from tunesmith.config import Config, build_config
 from tunesmith.core.errors import CheckpointError, ConfigError
@@ -53,10 +54,6 @@ def config(folder: Path, objective: dict[str, Any], out: str, **changes: Any) ->
         "out": str(folder / out),
     }
     return build_config({**raw, **changes})
-
-
-def records(done: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
 
 
 def lasting(done: Path) -> dict[str, Any]:
