@@ -62,26 +62,20 @@ def compare(
 
     The same command goes on where it was. `tunesmith compare FOLDER` opens a comparison again.
     """
-    sources = list(models or [])
-    folder = Path(out)
-    if len(sources) == 1 and prompts is None and (_is_comparison(sources[0]) or import_ is not None or database):
-        folder, sources = Path(sources[0]), []
+    folder, sources = _place(list(models or []), prompts, Path(out), import_, database)
     _check(sources, prompts, form, folder, import_, database)
+    need_packages()
+    from tunesmith.compare.serving import Address
+    from tunesmith.core.files import FolderLock
     from tunesmith.run import comparison
     from tunesmith.run.folder import check_writable
 
-    need_packages()
-    from tunesmith.compare.serving import Address
-
     address = Address(host, port, url)
-    ends = export is not None or no_serve
-    key = None if ends else _key(address)
+    key = None if export is not None or no_serve else _key(address)
     check_writable(folder)
     sampling = comparison.Sampling(samples, max_tokens, temperature, seed, template)
     filling = comparison.Filling(sources, prompts, rows, import_, sampling)
     judges = comparison.open_writers([judge] if judge else [], template)
-    from tunesmith.core.files import FolderLock
-
     folder.mkdir(parents=True, exist_ok=True)
     if export is not None:
         _export(comparison.open_store(folder, database), Path(export), form, as_json)
@@ -89,14 +83,13 @@ def compare(
     with FolderLock(folder):
         store = comparison.open_store(folder, database)
         filling.put(store)
-        changed = {"overlap": overlap, "rubric": None if rubric is None else _names(rubric)}
-        store.set({name: value for name, value in changed.items() if value is not None})
+        _set(store, overlap, rubric)
         for name, write in judges.items():
             _judge(store, name, write)
-        if ends:
+        if no_serve:
             _say(f"{folder}: `tunesmith compare {folder}` opens it, `tunesmith report {folder}` shows what was judged")
-            return
-        _serve(store, folder, address, key, annotators, as_json)
+        else:
+            _serve(store, folder, address, key, annotators, as_json)
 
 
 def report(
@@ -149,6 +142,15 @@ def _is_comparison(folder: str) -> bool:
     return (Path(folder) / "compare.sqlite").is_file()
 
 
+def _place(
+    sources: list[str], prompts: str | None, out: Path, import_: str | None, database: str | None
+) -> tuple[Path, list[str]]:
+    """The folder of the comparison, and who answers: a single name may be that of a comparison."""
+    if len(sources) == 1 and prompts is None and (_is_comparison(sources[0]) or import_ is not None or database):
+        return Path(sources[0]), []
+    return out, sources
+
+
 def _check(
     sources: list[str], prompts: str | None, form: str | None, folder: Path, import_: str | None, database: str | None
 ) -> None:
@@ -172,6 +174,11 @@ def _key(address: Address) -> str | None:
     key = own_key()
     address.check(key)
     return key
+
+
+def _set(store: Store, overlap: int | None, rubric: str | None) -> None:
+    changed = {"overlap": overlap, "rubric": None if rubric is None else _names(rubric)}
+    store.set({name: value for name, value in changed.items() if value is not None})
 
 
 def _judge(store: Store, source: str, write: Writer) -> None:
