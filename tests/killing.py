@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fault_cases import alpaca, config
+from warm import Warm
 
 METHODS = {
     "lora": "method: {kind: lora, rank: 2, targets: [q, v, down], dropout: 0.1}\nprecision: {compute: fp32}\n",
@@ -47,19 +47,13 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
-def start(folder: Path, method: str, out: str, *words: str, command: str = "tune") -> subprocess.Popen[str]:
+def start(folder: Path, method: str, out: str, *words: str, command: str = "tune") -> Warm:
     """Begins a run, or goes on with it where one was begun; further words are overrides and options."""
     resume = ["--resume"] if (folder / out / "config.yaml").exists() else []
     paths = f"{Path(__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    return subprocess.Popen(
-        [sys.executable, "-m", "tunesmith", command, f"{method}.yaml", f"out={out}", *words, *resume],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TUNESMITH_CACHE": str(folder / "cache")},
-        stderr=subprocess.PIPE,
-        text=True,
-        # whoever starts the tests in the background makes them and their children deaf to it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TUNESMITH_CACHE": str(folder / "cache")}
+    words = ("tunesmith", command, f"{method}.yaml", f"out={out}", *words, *resume)
+    return Warm(*words, folder=folder, environment=environment)
 
 
 class Watched:
@@ -73,7 +67,6 @@ class Watched:
         self.reader.start()
 
     def _read(self) -> None:
-        assert self.process.stderr is not None
         for line in self.process.stderr:
             self.lines.append(line)
             if "on this machine" in line:

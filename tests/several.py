@@ -11,7 +11,6 @@ import math
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -24,6 +23,7 @@ import torch
 from conformance import CASES, IN_PLACE, built
 from safetensors.torch import save_file
 from tiny_models import VOCABULARY, disturb, tiny_loaded
+from warm import Warm
 
 from tunesmith.adapt.full import Full
 from tunesmith.adapt.lora import LoRA
@@ -124,19 +124,14 @@ def trained(world: Alone, shard: str, method: str, folder: Path, **rest: Any) ->
     )  # fmt: skip
 
 
-def launch(folder: Path, size: int, *words: str, script: str = __file__) -> list[subprocess.Popen[str]]:
+def launch(folder: Path, size: int, *words: str, script: str = __file__) -> list[Warm]:
     """Starts processes as torchrun would."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     return [
-        subprocess.Popen(
-            [sys.executable, script, str(folder), *words],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        Warm(script, str(folder), *words, environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(size)
     ]
 

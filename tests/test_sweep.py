@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 from fault_cases import alpaca
 from tiny_folders import tiny_folder
 from typer.testing import CliRunner
+from warm import Warm
 
 from tunesmith.adapt.methods import METHODS
 from tunesmith.cli.main import app
@@ -305,19 +305,14 @@ def trials(out: str) -> list[Path]:
     return sorted(Path(out).glob("trials/*/trial.json"))
 
 
-def start(folder: Path, *more: str, methods: str = "lora-q,full") -> subprocess.Popen[str]:
+def start(folder: Path, *more: str, methods: str = "lora-q,full") -> Warm:
     words = ["sweep", "s.yaml", "--budget", "1k", "--methods", methods, "--within", "0.03", "--seeds", "2"]
-    paths = f"{Path(__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    return subprocess.Popen(
-        [sys.executable, "-m", "tunesmith", *words, "--forgetting", "general.txt", *more],
-        cwd=folder, env={**os.environ, "PYTHONPATH": paths}, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
+    return Warm("tunesmith", *words, "--forgetting", "general.txt", *more, folder=folder)
 
 
-def wait_for(pattern: str, folder: Path, program: subprocess.Popen[str]) -> None:
+def wait_for(pattern: str, folder: Path, program: Warm) -> None:
     while not list(folder.glob(pattern)):
-        assert program.poll() is None, program.stderr.read() if program.stderr else ""
+        assert program.poll() is None, program.stderr.read()
         time.sleep(0.05)
 
 
@@ -335,7 +330,7 @@ def test_a_sweep_that_is_killed_keeps_its_finished_trials_and_leaves_nothing_run
     assert program.wait(60) == (75 if number == signal.SIGTERM else -number)
     assert quiet(folder)
     again = start(folder)
-    assert again.wait(300) == 0, again.stderr.read() if again.stderr else ""
+    assert again.wait(300) == 0, again.stderr.read()
     for path, content in done.items():
         assert Path(path).read_bytes() == content
     found = json.loads((folder / "out" / "sweep.json").read_text())
@@ -354,7 +349,7 @@ def test_a_halving_that_is_killed_chooses_as_one_that_is_not(folder: Path) -> No
     assert quiet(folder)
     assert len(done) < 4
     again = start(folder, "--halving", methods=methods)
-    assert again.wait(300) == 0, again.stderr.read() if again.stderr else ""
+    assert again.wait(300) == 0, again.stderr.read()
     assert {path: Path(path).read_bytes() for path in done} == done
     whole = run_sweep(planned(*methods.split(","), seeds=2, halving=True, out="whole"))
     found = json.loads((folder / "out" / "sweep.json").read_text())
