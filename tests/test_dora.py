@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from test_methods import check_method
-from tiny_models import IDS, TinyLoaded, answers, bits, disturb, roles_of, tiny_loaded, tiny_model
+from tiny_models import IDS, TinyLoaded, answers, bits, disturb, families, roles_of, tiny_loaded, tiny_model
 
 from tunesmith.adapt.adapter import Adapter
 from tunesmith.adapt.lora import LoRA
@@ -44,7 +44,7 @@ def moved(adapter: Adapter) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "gemma", "gpt2", "gpt_neox", "phi3", "bert", "t5"])
+@pytest.mark.parametrize("family", families("llama", "gemma", "gpt2", "gpt_neox", "phi3", "bert", "t5"))
 def test_every_law_of_a_method_holds(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Step 0 is the base to the bit, in bfloat16, too. Kills: lengths rounded before they are divided."""
     roles = tuple(role for role in roles_of(family) if family != "t5" or role not in ("embed", "head"))
@@ -57,7 +57,7 @@ def test_every_law_of_a_method_holds(family: str, dtype: torch.dtype, tmp_path: 
     check_method(LoRA(rank=2, targets=roles, dora=True), family, dtype, tmp_path)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi3"])
+@pytest.mark.parametrize("family", families("llama", "gpt2", "gpt_neox", "phi3"))
 def test_a_port_computes_the_formula_of_the_paper(family: str) -> None:
     """m V / |V| in float64, at the rows of each role. Kills: lengths of columns, of all rows of a fused map, of W."""
     loaded = tiny_loaded(family)
@@ -79,7 +79,7 @@ def test_a_port_computes_the_formula_of_the_paper(family: str) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(*FAMILIES))
 def test_outputs_and_gradients_are_those_of_peft(family: str, dropout: float, tmp_path: Path) -> None:
     """From one file, in training. Kills: a gradient through the lengths; dropout on one part of the formula only."""
     targets = FAMILIES[family] if not dropout else {"gpt2": ("o",), "llama": ("q", "down"), "bert": ("up",)}[family]
@@ -108,7 +108,7 @@ def test_outputs_and_gradients_are_those_of_peft(family: str, dropout: float, tm
             torch.testing.assert_close(insert[name].grad, wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "gemma"])
+@pytest.mark.parametrize("family", families(*FAMILIES, "gemma"))
 def test_files_go_both_ways(family: str, tmp_path: Path) -> None:
     """Kills: lengths of other roles' rows lost; an embedding's lengths by token instead of by feature."""
     loaded = based(family, tmp_path)
@@ -139,7 +139,7 @@ def test_files_go_both_ways(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
+@pytest.mark.parametrize("family", families("llama", "gpt2", "gemma"))
 def test_merged_is_unmerged_also_beside_another_adapter(family: str, dtype: torch.dtype) -> None:
     """The sum of two is the sum of their changes. Kills: lengths that scale what another adapter has added."""
     loaded = tiny_loaded(family, dtype=dtype)

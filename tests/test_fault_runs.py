@@ -185,9 +185,12 @@ BROKEN = [
     ("plan.json", "<"),
     ("metrics.jsonl", "<"),
 ]
+MORE = [*LOST[:2], *LOST[4:], *BROKEN[1:]]
 
 
-@pytest.mark.parametrize(("file", "text"), [*LOST, *BROKEN])
+@pytest.mark.parametrize(
+    ("file", "text"), [*LOST[2:4], *BROKEN[:1], *(pytest.param(*one, marks=pytest.mark.slow) for one in MORE)]
+)
 def test_a_lost_or_broken_file_of_a_run_does_not_stop_it(
     begin: Any, finished: Path, file: str, text: str | None
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import DECODERS, tiny_loaded
+from tiny_models import DECODERS, families, tiny_loaded
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tunesmith.adapt.lora import LoRA
@@ -39,7 +39,7 @@ PROMPTS = prompts_of((3, 11, 1, 7, 7, 2, 9))
 STOPS = set(range(0, 97, 6))  # many, so that rows end at different times
 
 
-@pytest.mark.parametrize("family", list(DECODERS))
+@pytest.mark.parametrize("family", families(*DECODERS))
 def test_a_batch_with_a_cache_writes_what_one_row_without_writes(family):
     """Kills: positions that count padding; a mask that forgets it; columns kept for the wrong rows."""
     loaded = tiny_loaded(family)
@@ -52,7 +52,7 @@ def test_a_batch_with_a_cache_writes_what_one_row_without_writes(family):
     assert generate(loaded, None, PROMPTS, batch_size=16, **settings) == expected
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma", "opt", "gpt_neox", "mistral"])
+@pytest.mark.parametrize("family", families("llama", "gpt2", "gemma", "opt", "gpt_neox", "mistral"))
 def test_greedy_equals_the_generate_of_transformers(family):
     """Kills: a loop that is one token off, or applies the head in another way."""
     loaded = tiny_loaded(family)
@@ -72,7 +72,7 @@ def test_greedy_equals_the_generate_of_transformers(family):
             assert mine[0].ids == theirs[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox", "gemma", *WINDOWED])
+@pytest.mark.parametrize("family", families("llama", "gpt2", "opt", "gpt_neox", "gemma", *WINDOWED))
 @pytest.mark.parametrize("shared", [1, 8])
 def test_a_shared_prefix_changes_nothing(family, shared):
     """Kills: positions that start at 0 behind the prefix; a window that counts the padding behind it."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILY_NAMES, IDS, answers, bits, disturb, roles_of, tiny_loaded
+from tiny_models import FAMILY_NAMES, IDS, answers, bits, disturb, families, roles_of, tiny_loaded
 from transformers import AutoModelForCausalLM
 
 from tunesmith.adapt.bitfit import BitFit
@@ -20,7 +20,7 @@ from tunesmith.models.route import BASE, Route
 from tunesmith.models.save import write_model
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", families(*FAMILY_NAMES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_is_unmerged_and_unmerging_restores_every_byte(family: str, dtype: torch.dtype) -> None:
     """Kills: subtracting to unmerge; merging in the base's dtype twice over; rows of fused maps ignored."""
@@ -119,7 +119,7 @@ def test_merging_twice_and_other_routes_are_errors() -> None:
 
 
 @pytest.mark.parametrize("side", ["embed", "head"])
-@pytest.mark.parametrize("family", ["gemma", "gpt2"])
+@pytest.mark.parametrize("family", families("gemma", "gpt2"))
 def test_merging_one_side_of_a_tied_pair_unties_it(family: str, side: str, tmp_path: Path) -> None:
     """And what is saved then loads in plain transformers. Kills: the other side changed; a config that says tied."""
     loaded = tiny_loaded(family)
@@ -142,7 +142,9 @@ def test_merging_one_side_of_a_tied_pair_unties_it(family: str, side: str, tmp_p
 
 
 @pytest.mark.parametrize("method", [BitFit(), IA3(targets=("attn", "mlp"))], ids=lambda method: method.kind)
-@pytest.mark.parametrize("family", ["llama", "smollm3", "granite", "qwen2", "gpt2", "gpt_neox", "bert", "deberta-v2"])
+@pytest.mark.parametrize(
+    "family", families("llama", "smollm3", "granite", "qwen2", "gpt2", "gpt_neox", "bert", "deberta-v2")
+)
 def test_biases_merge_and_plain_transformers_reads_them(family: str, method: Method, tmp_path: Path) -> None:
     """llama, smollm3 and granite have none until their config says so. Kills: a bias that is left behind, or saved for
     a config that makes none; a switch that stays on."""

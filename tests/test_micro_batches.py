@@ -11,7 +11,7 @@ import functools
 
 import pytest
 import torch
-from tiny_models import disturb, one_document, tiny_batch, tiny_loaded
+from tiny_models import disturb, families, one_document, tiny_batch, tiny_loaded
 
 from tunesmith.adapt.lora import LoRA
 from tunesmith.core.types import Batch
@@ -60,9 +60,9 @@ def row_by_row(family: str, dtype: torch.dtype) -> tuple[float, torch.Tensor]:
     return step(family, dtype, [one_document(ROWS, index) for index in range(len(LENGTHS))], packed=True)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(*FAMILIES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+@pytest.mark.parametrize("rows", [1, 2, pytest.param(4, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 def test_rows_that_share_a_micro_batch_have_the_loss_and_gradient_of_rows_alone(
     family: str, dtype: torch.dtype, rows: int, packed: bool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import TinyLoaded, disturb, one_document, tiny_batch, tiny_loaded
+from tiny_models import TinyLoaded, disturb, families, one_document, tiny_batch, tiny_loaded
 from torch import Tensor
 
 from tunesmith.adapt.adapter import Adapter
@@ -62,7 +62,7 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor], bound: float = 2e-
         assert float((found[name] - value).norm()) <= bound * max(float(value.norm()), largest), name
 
 
-@pytest.mark.parametrize("family", [*DECODERS, *ENCODERS])
+@pytest.mark.parametrize("family", families(*DECODERS, *ENCODERS))
 @pytest.mark.parametrize("packed", [True, False])
 def test_states_of_mixed_rows_are_those_of_each_row_alone(family: str, packed: bool) -> None:
     """Kills: an adapter on all rows, on its neighbour's, or in another order than its row says."""
@@ -77,7 +77,7 @@ def test_states_of_mixed_rows_are_those_of_each_row_alone(family: str, packed: b
     assert changed.tolist() == [bool(names) for row, names in enumerate(ROWS) for _ in range(BATCH.lengths[row])]
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", families(*DECODERS))
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_losses_and_gradients_of_mixed_rows_are_those_of_separate_runs(family: str, recompute: str) -> None:
     """Kills: a recomputation without its rows; a head that takes picked states for whole documents."""
@@ -96,7 +96,7 @@ def test_losses_and_gradients_of_mixed_rows_are_those_of_separate_runs(family: s
     assert any("lm_head" in name or "embed_out" in name for name in mixed)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "falcon"])
+@pytest.mark.parametrize("family", families("llama", "gemma2", "gpt2", "falcon"))
 def test_logits_of_mixed_rows_are_those_of_each_row_alone(family: str) -> None:
     loaded, _ = two_adapters(family)
     policy = Policy(loaded)  # type: ignore[arg-type]
@@ -121,7 +121,7 @@ def test_an_encoder_decoder_learns_mixed_rows_as_separate_ones() -> None:
     same(mixed, gradients(adapters), 5e-6)
 
 
-@pytest.mark.parametrize("family", [*DECODERS, "t5"])
+@pytest.mark.parametrize("family", families(*DECODERS, "t5"))
 def test_prompts_with_adapters_of_their_own_are_continued_as_alone(family: str) -> None:
     """Rows that end leave, and the others keep their adapters. Kills: a route that is not narrowed with its rows."""
     loaded, _ = two_adapters(family)

@@ -20,8 +20,8 @@ from tunesmith.plan.show import bar, show_plan
 
 def test_a_calibration_is_measured_once_and_then_read(tmp_path):
     shape = read_shape(small_config("llama").to_dict())
-    first = calibrate(shape, 64, seconds=0.05, folder=tmp_path)
-    assert calibrate(shape, 64, seconds=0.05, folder=tmp_path) == first
+    first = calibrate(shape, 64, seconds=0.005, folder=tmp_path)
+    assert calibrate(shape, 64, seconds=0.005, folder=tmp_path) == first
     assert min(first.flops_per_second, first.bytes_per_second, first.operation_seconds) > 0
 
 
@@ -33,11 +33,11 @@ WRONG = '{"flops_per_second": %s, "bytes_per_second": 1e9, "operation_seconds": 
 def test_a_damaged_calibration_is_measured_again(tmp_path, entry):
     """Kills: trusting what a file holds because its key is right."""
     shape = read_shape(small_config("llama").to_dict())
-    first = calibrate(shape, 64, seconds=0.05, folder=tmp_path)
+    first = calibrate(shape, 64, seconds=0.005, folder=tmp_path)
     file = tmp_path / "calibration.json"
     (key,) = json.loads(file.read_text())
     file.write_text(f"{{{json.dumps(key)}: {entry}}}")
-    again = calibrate(shape, 64, seconds=0.05, folder=tmp_path)
+    again = calibrate(shape, 64, seconds=0.005, folder=tmp_path)
     assert min(again.flops_per_second, again.bytes_per_second, again.operation_seconds) > 0
     assert set(json.loads(file.read_text())[key]) == set(vars(first))
 
@@ -46,15 +46,15 @@ def test_a_damaged_calibration_is_measured_again(tmp_path, entry):
 def test_a_calibration_file_that_cannot_be_read_is_written_anew(tmp_path, content):
     (tmp_path / "calibration.json").write_bytes(content)
     shape = read_shape(small_config("llama").to_dict())
-    found = calibrate(shape, 64, seconds=0.05, folder=tmp_path)
-    assert calibrate(shape, 64, seconds=0.05, folder=tmp_path) == found
+    found = calibrate(shape, 64, seconds=0.005, folder=tmp_path)
+    assert calibrate(shape, 64, seconds=0.005, folder=tmp_path) == found
 
 
 def test_a_cache_that_cannot_be_written_stops_no_run(tmp_path, caplog):
     """Kills: a run that needs a place for what only saves it a second."""
     (tmp_path / "file").write_text("")
     shape = read_shape(small_config("llama").to_dict())
-    assert calibrate(shape, 64, seconds=0.05, folder=tmp_path / "file" / "cache").flops_per_second > 0
+    assert calibrate(shape, 64, seconds=0.005, folder=tmp_path / "file" / "cache").flops_per_second > 0
     assert caplog.text.count("the speed of this machine is not kept") == len(caplog.records) == 1
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from plan_models import loss_of, saved_model, small_config, small_model, with_low_rank
+from tiny_models import families
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -103,7 +104,7 @@ def test_recomputation_is_seen_as_less_memory_and_more_work():
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("method", [LoRA(rank=2), Full()], ids=["lora", "full"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("family", families("llama", "gpt2", "qwen2"))
 def test_our_own_step_holds_to_the_byte_what_its_trace_says(
     family: str, method: Method, recompute: str, tmp_path: Path
 ):

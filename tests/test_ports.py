@@ -6,7 +6,18 @@ import copy
 
 import pytest
 import torch
-from tiny_models import FAMILY_NAMES, IDS, TinyLoaded, answers, bits, disturb, roles_of, tiny_config, tiny_loaded
+from tiny_models import (
+    FAMILY_NAMES,
+    IDS,
+    TinyLoaded,
+    answers,
+    bits,
+    disturb,
+    families,
+    roles_of,
+    tiny_config,
+    tiny_loaded,
+)
 from torch import nn
 
 from tunesmith.adapt.adapter import Adapter
@@ -20,7 +31,7 @@ from tunesmith.models.route import BASE, Route, Segments, checkpoint_contexts, c
 from tunesmith.models.targets import block_paths, match
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", families(*FAMILY_NAMES))
 def test_attaching_changes_neither_names_nor_bytes_nor_answers(family: str) -> None:
     """Kills: registering the base module below the port; a first factor pair that is not zero."""
     loaded = tiny_loaded(family)
@@ -41,7 +52,7 @@ def test_attaching_changes_neither_names_nor_bytes_nor_answers(family: str) -> N
     assert torch.equal(answers(loaded), said)
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", families(*FAMILY_NAMES))
 def test_only_inserts_train_and_the_base_stays_bit_identical(family: str) -> None:
     """Kills: leaving the base unfrozen."""
     loaded = tiny_loaded(family)
@@ -61,7 +72,7 @@ def test_only_inserts_train_and_the_base_stays_bit_identical(family: str) -> Non
     assert [name for name, value in adapter.parameters.items() if torch.equal(value, start[name])] == []
 
 
-@pytest.mark.parametrize("family", ["gemma", "gpt2"])
+@pytest.mark.parametrize("family", families("gemma", "gpt2"))
 def test_tied_weights_stay_one_parameter(family: str) -> None:
     loaded = tiny_loaded(family)
     LoRA(rank=2, targets=("embed", "head")).attach(loaded)
@@ -69,7 +80,7 @@ def test_tied_weights_stay_one_parameter(family: str) -> None:
     assert not any("weight" in name and "inserts" in name for name, _ in loaded.model.named_parameters())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "t5"])
+@pytest.mark.parametrize("family", families("llama", "gpt2", "gpt_neox", "t5"))
 def test_a_model_without_data_gets_ports_and_counts(family: str) -> None:
     real = LoRA(rank=2).attach(tiny_loaded(family))
     with torch.device("meta"):
@@ -171,7 +182,7 @@ class Gains:
         return None
 
 
-@pytest.mark.parametrize("family", [*FAMILY_NAMES, "falcon"])
+@pytest.mark.parametrize("family", families(*FAMILY_NAMES, "falcon"))
 def test_a_change_of_gains_beside_a_norm_is_that_change_of_the_norm(family: str) -> None:
     """Kills: gain times output, which is wrong for gemma's 1 + w and for biases; a norm without a port."""
     loaded, wanted = tiny_loaded(family), tiny_loaded(family)
@@ -193,7 +204,7 @@ def test_a_change_of_gains_beside_a_norm_is_that_change_of_the_norm(family: str)
         assert torch.equal(answers(loaded), said)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("family", families("llama", "gpt2", "phi3", "gpt_neox"))
 def test_an_insert_can_ask_its_base_map_for_another_input(family: str) -> None:
     """Kills: the bias counted; a fused map's other roles in the answer; gpt2's weight the wrong way round."""
     loaded = tiny_loaded(family)

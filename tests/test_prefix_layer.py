@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import DECODERS, TinyLoaded, disturb, one_document, tiny_batch, tiny_config, tiny_loaded, tiny_model
+from tiny_models import (
+    DECODERS,
+    TinyLoaded,
+    disturb,
+    families,
+    one_document,
+    tiny_batch,
+    tiny_config,
+    tiny_loaded,
+    tiny_model,
+)
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -60,7 +70,7 @@ def cache_of(loaded: Any, adapter: Adapter) -> DynamicCache:
     return cache
 
 
-@pytest.mark.parametrize("family", [name for name in DECODERS if name not in WINDOWED])
+@pytest.mark.parametrize("family", families(*[name for name in DECODERS if name not in WINDOWED]))
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_prefix_is_a_cache_that_was_filled_before(family: str, packed: bool) -> None:
     """Kills: a causal mask counted from the prefix; positions from 0; keys that share heads mixed up."""
@@ -125,7 +135,7 @@ def states(policy: Policy, batch: Any) -> Tensor:
     return policy.hidden(batch)
 
 
-@pytest.mark.parametrize("family", [*DECODERS, *ENCODERS])
+@pytest.mark.parametrize("family", families(*DECODERS, *ENCODERS))
 @pytest.mark.parametrize("packed", [True, False])
 def test_rows_with_prefixes_of_different_length_are_rows_alone(family: str, packed: bool) -> None:
     """Kills: a prefix on its neighbour's row; the longest prefix seen by all; positions of another row."""
@@ -146,7 +156,7 @@ def test_rows_with_prefixes_of_different_length_are_rows_alone(family: str, pack
         assert float((one - two).norm()) <= 2e-5 * float(two.norm()) + 1e-5
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi3"])
+@pytest.mark.parametrize("family", families("llama", "gpt2", "gemma2", "phi3"))
 def test_recomputation_sees_the_prefixes_of_its_forward(family: str) -> None:
     """Kills: a recomputation without room, without rows, or with another prefix."""
     found = []
@@ -169,7 +179,7 @@ def continued(loaded: Any, names: tuple[str, ...], prompt: list[int], limit: int
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("family", list(DECODERS))
+@pytest.mark.parametrize("family", families(*DECODERS))
 def test_writing_behind_prefixes_is_writing_without_a_cache(family: str) -> None:
     """Kills: a prefix in the cache; a mask one column short; a row that leaves and takes another's prefix along."""
     loaded, _ = adapters_of(family)
@@ -253,7 +263,7 @@ def test_numbers_of_a_prefix_are_counted_without_weights() -> None:
             assert all(p.is_meta for p in adapter.parameters.values())
 
 
-@pytest.mark.parametrize("family", ["t5", "deberta-v2", "mpnet", "falcon"])
+@pytest.mark.parametrize("family", families("t5", "deberta-v2", "mpnet", "falcon"))
 def test_families_that_attend_in_their_own_way_are_refused_by_name(family: str) -> None:
     """Kills: a prefix that nothing looks at."""
     loaded = tiny_loaded(family)

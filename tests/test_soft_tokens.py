@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import TinyLoaded, disturb, one_document, tiny_batch, tiny_config, tiny_loaded, tiny_model
+from tiny_models import TinyLoaded, disturb, families, one_document, tiny_batch, tiny_config, tiny_loaded, tiny_model
 from torch import Tensor
 
 from tunesmith.adapt.adapter import Adapter
@@ -80,7 +80,7 @@ def everything(policy: Policy, batch: Batch) -> Tensor:
     return policy.hidden(batch)
 
 
-@pytest.mark.parametrize("family", [*DECODERS, *ENCODERS])
+@pytest.mark.parametrize("family", families(*DECODERS, *ENCODERS))
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("names", [("p",), ("e",), ("p", "e"), ("e", "a", "p")])
 def test_soft_tokens_are_embeddings_put_in_by_hand(family: str, packed: bool, names: tuple[str, ...]) -> None:
@@ -94,7 +94,7 @@ def test_soft_tokens_are_embeddings_put_in_by_hand(family: str, packed: bool, na
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", [*DECODERS, *ENCODERS])
+@pytest.mark.parametrize("family", families(*DECODERS, *ENCODERS))
 @pytest.mark.parametrize("packed", [True, False])
 def test_rows_with_soft_tokens_of_different_length_are_rows_alone(family: str, packed: bool) -> None:
     """Kills: room made for the longest; a prompt on its neighbour's row; rows found by lengths without room."""
@@ -107,7 +107,7 @@ def test_rows_with_soft_tokens_of_different_length_are_rows_alone(family: str, p
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", families(*DECODERS))
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_losses_and_gradients_are_those_by_hand(family: str, recompute: str) -> None:
     """Kills: the first supervised token predicted from the prompt and not from the infix; a vector without gradient."""
@@ -152,7 +152,7 @@ def continued(loaded: Any, adapters: dict[str, Adapter], names: tuple[str, ...],
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", families(*DECODERS))
 def test_writing_continues_documents_put_together_by_hand(family: str) -> None:
     """Kills: soft tokens in every step; positions behind an infix; a cache of a prompt without its vectors."""
     loaded, adapters = three_adapters(family)
@@ -165,7 +165,7 @@ def test_writing_continues_documents_put_together_by_hand(family: str) -> None:
         assert list(stream(loaded, Route(PROMPT_ROWS.of(row)), prompt, **settings)) == wanted[row]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mistral", "t5"])
+@pytest.mark.parametrize("family", families("llama", "gpt2", "opt", "mistral", "t5"))
 def test_rows_that_end_and_shared_prefixes_change_nothing(family: str) -> None:
     """Kills: an infix read with the shared prefix; its soft tokens counted twice or not at all; rows mixed up."""
     loaded, _ = three_adapters(family)
@@ -207,7 +207,7 @@ def test_positions_are_counted_with_soft_tokens() -> None:
         generate(loaded, adapter.route, [[5] * 71], **settings)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma", "gpt2", "t5", "bert", "falcon"])
+@pytest.mark.parametrize("family", families("llama", "gemma", "gpt2", "t5", "bert", "falcon"))
 @pytest.mark.parametrize("method", [Prompt(length=7), Prompt(length=5, init="random"), PrefixEmbed(prefix=4, infix=3)])
 def test_numbers_are_counted_without_weights(family: str, method: Prompt | PrefixEmbed) -> None:
     real = method.attach(tiny_loaded(family))  # type: ignore[arg-type]
@@ -221,7 +221,7 @@ def test_numbers_are_counted_without_weights(family: str, method: Prompt | Prefi
     assert sum(p.numel() for p in adapter.parameters.values()) == length * 32
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma"])
+@pytest.mark.parametrize("family", families("llama", "gemma"))
 def test_a_prompt_starts_as_words(family: str) -> None:
     """Kills: text cut to nothing; gemma's words without their factor; a seed without effect."""
     loaded = tiny_loaded(family)

@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILY_NAMES, TinyLoaded, answers, bits, disturb, roles_of, tiny_loaded, tiny_model
+from tiny_models import FAMILY_NAMES, TinyLoaded, answers, bits, disturb, families, roles_of, tiny_loaded, tiny_model
 
 from tunesmith.adapt.full import Full
 from tunesmith.adapt.lora import LoRA
@@ -37,7 +37,7 @@ def with_peft(model: Any, loaded: TinyLoaded) -> torch.Tensor:
     return answers(TinyLoaded(model.eval(), loaded.folder, "", loaded.family, "", loaded.config))
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", families(*FAMILY_NAMES))
 @pytest.mark.parametrize("rslora", [False, True])
 def test_peft_loads_what_we_save(family: str, rslora: bool, tmp_path: Path) -> None:
     """Every role, fused ones included. Kills: alpha not raised with the stacked rank; rows shifted."""

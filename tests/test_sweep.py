@@ -127,7 +127,7 @@ def test_a_wrong_request_is_told_before_anything_is_opened(folder: Path) -> None
         planned("lora")
 
 
-@pytest.mark.parametrize("packing", ["true", "false"])
+@pytest.mark.parametrize("packing", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_a_prediction_head_is_counted_beside_the_budget(folder: Path, packing: str) -> None:
     """Kills: a budget that pays for the head; a padded batch that cannot be planned without numbers."""
     tiny_folder(folder / "bert", "bert")
@@ -294,6 +294,7 @@ def test_halving_without_optuna_is_told_before_anything_is_opened(
     assert not (folder / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_plan_of_halving_tells_its_short_runs(folder: Path) -> None:
     words = "sweep s.yaml --budget 1k --methods full,bitfit,ia3,top_layers --forgetting none --halving --dry-run"
     told = " ".join(CliRunner().invoke(app, words.split()).stdout.split())

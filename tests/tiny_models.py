@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
@@ -79,6 +80,12 @@ SEQ2SEQ: dict[str, dict[str, Any]] = {
 # families without a table entry
 UNKNOWN: dict[str, dict[str, Any]] = {"falcon": _SHARED | {"attention_dropout": 0.0, "hidden_dropout": 0.0}}
 FAMILY_NAMES = [*DECODERS, *ENCODERS, *SEQ2SEQ]
+QUICK = ("llama", "gemma2", "gpt2", "bert", "t5")  # as unlike each other as there are
+
+
+def families(*names: str) -> list[Any]:
+    """Parameters of a test: the quick check takes those of `QUICK`, and `make test` all."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @dataclass
