@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -20,7 +19,7 @@ import torch
 from conformance import CASES as OF_METHODS
 from conformance import IN_PLACE, built
 from safetensors.torch import save_file
-from several import METHODS, examples, steps
+from several import METHODS, ends, examples, steps
 from tiny_models import tiny_loaded, with_exact_norms
 
 from tunesmith.config import build_config
@@ -148,7 +147,7 @@ def gradients(world: Alone, case: Case, method: str, count: int | None = None) -
     precision = Precision(tuned.parameters, PrecisionSection(compute="fp32"))
     pieces = layout.hold(precision)
     found = {}
-    for number, step in enumerate(islice(steps(layout.data, epochs=1, of=case.rows)(Cursor()), count)):
+    for number, step in ends(steps(layout.data, epochs=1, of=case.rows)(Cursor()))[:count]:
         batches = [to_batch(rows) for rows in step.micro_batches]
         loss = accumulate(case.objective, tuned.policy, batches, precision, layout)
         layout.reduce(sorted(pieces))
@@ -209,8 +208,9 @@ def table(world: Alone, folder: Path) -> None:
             except ConfigError as error:
                 found[f"{name}, {cut}"] = str(error)
                 continue
-            wanted = gradients(ALONE, replace(case, section=LayoutSection()), name, count=1)
-            found[f"{name}, {cut}"] = farthest(told, wanted) if world.is_first else 0.0
+            if world.is_first:
+                wanted = gradients(ALONE, replace(case, section=LayoutSection()), name, count=1)
+                found[f"{name}, {cut}"] = farthest(told, wanted)
     if world.is_first:
         (folder / "table.json").write_text(json.dumps(found))
 

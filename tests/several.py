@@ -52,7 +52,7 @@ METHODS = {
     "lora": LoRA(rank=4, targets=("q", "v", "down")),
 }
 SIZES = Sizes(rows_per_step=5, micro_batch_rows=2)
-STEPS = 20
+STEPS = 10
 
 
 def examples(count: int = 23) -> list[Example]:
@@ -81,6 +81,12 @@ def steps(
     return stream
 
 
+def ends(epoch: Iterator[Any]) -> list[tuple[int, Any]]:
+    """Of the steps of an epoch the first, and the last of three rows only: of four processes one has none."""
+    numbered = list(enumerate(epoch))
+    return [numbered[0], numbered[-1]]
+
+
 def made(method: str, layout: Layout, dtype: torch.dtype = torch.float32, recompute: str = "none") -> Any:
     """A tiny llama with tied embeddings and a method on it, as a layout computes with it."""
     loaded = tiny_loaded("llama", dtype=dtype, tie_word_embeddings=True)
@@ -96,8 +102,7 @@ def gradients(world: Alone, shard: str, method: str) -> dict[str, torch.Tensor]:
     precision = Precision(tuned.parameters, PrecisionSection(compute="fp32"))
     pieces = layout.hold(precision)
     found = {}
-    # the last step of the epoch has three rows only: with four processes one has none
-    for number, step in enumerate(steps(world, epochs=1)(Cursor())):
+    for number, step in ends(steps(world, epochs=1)(Cursor())):
         batches = [to_batch(rows) for rows in step.micro_batches]
         spare = to_batch(step.spare) if step.spare else None
         loss = accumulate(SFT(), tuned.policy, batches, precision, layout, spare=spare)
@@ -114,7 +119,7 @@ def trained(world: Alone, shard: str, method: str, folder: Path, **rest: Any) ->
     """A run of the trainer."""
     layout = layout_of(LayoutSection(data=world.size, shard=shard if world.size > 1 else "none"), world)
     tuned = made(method, layout, rest.pop("dtype", torch.float32), rest.pop("recompute", "none"))
-    given = {"steps": STEPS, "rows_per_step": 5, "micro_batch_rows": 2, "lr": 1e-3, "save_every": 10}
+    given = {"steps": STEPS, "rows_per_step": 5, "micro_batch_rows": 2, "lr": 1e-3, "save_every": 5}
     settings = TrainSection(**given, weight_decay=0.1, offload=rest.pop("offload", "none"))
     precision = PrecisionSection(**rest.pop("precision", {"compute": "fp32"}))
     stream, objective = rest.pop("stream", steps(world)), rest.pop("objective", SFT())

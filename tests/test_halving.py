@@ -36,7 +36,7 @@ def oracle(scores: Scores, greater_is_better: bool) -> list[str]:
     return [name for name, score in done.items() if (score >= last if greater_is_better else score <= last)]
 
 
-@pytest.mark.parametrize("greater_is_better", [True, False])
+@pytest.mark.parametrize("greater_is_better", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_better_half_goes_on_whatever_the_order(greater_is_better: bool) -> None:
     """Kills: the first asked always promoted; the worse half; a failure that goes on or counts as a rival."""
     for seed in range(300):

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from plan_models import loss_of, saved_model, small_config, small_model, with_low_rank
-from tiny_models import families
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -61,7 +60,7 @@ def run_really(model: nn.Module, lengths: list[int], share: float):
     return measure(model, lambda: loss_of(model)(batch), sum(lengths))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", ["full", "low_rank", "one_block"])
 def test_a_trace_without_data_sees_what_a_real_run_holds(how: str, dtype: torch.dtype):
     """Within 5 %. Kills: tracing on meta itself, where attention is unfused and keeps every score."""
@@ -104,7 +103,7 @@ def test_recomputation_is_seen_as_less_memory_and_more_work():
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("method", [LoRA(rank=2), Full()], ids=["lora", "full"])
-@pytest.mark.parametrize("family", families("llama", "gpt2", "qwen2"))
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(one, marks=pytest.mark.slow) for one in ("gpt2", "qwen2"))])
 def test_our_own_step_holds_to_the_byte_what_its_trace_says(
     family: str, method: Method, recompute: str, tmp_path: Path
 ):

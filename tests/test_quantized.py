@@ -164,7 +164,7 @@ def test_a_model_of_codes_says_what_one_of_their_numbers_says(kind, family):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_every_method_learns_on_codes_as_on_their_numbers(case, family):
     """Kills: gradients that stop at a weight of codes, methods that read bytes where numbers are."""
     method, settings = CASES[case]
