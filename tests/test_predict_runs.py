@@ -49,6 +49,12 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return encoder_folder(tmp_path_factory.mktemp("encoder"))
 
 
+@pytest.fixture(scope="module")
+def learnt(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on opinions, whose rows lie beside it."""
+    return run(config(tmp_path_factory.mktemp("learnt"), encoder, opinions()))
+
+
 @pytest.mark.parametrize(
     "method", [name if name == "lora" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS_AND_RATES]
 )
@@ -74,10 +80,10 @@ def test_a_tiny_encoder_learns_to_tell_opinions_apart(method: str, encoder: Path
 
 
 @pytest.mark.slow
-def test_another_process_predicts_the_same(encoder: Path, tmp_path: Path) -> None:
+def test_another_process_predicts_the_same(learnt: Path, tmp_path: Path) -> None:
     """Kills: anything of the head that only this process knows."""
-    done = run(config(tmp_path, encoder, opinions()))
-    words = [sys.executable, "-m", "tunesmith", "evaluate", str(done), "--data", str(tmp_path / "rows.jsonl")]
+    done, rows = learnt, learnt.with_name("rows.jsonl")
+    words = [sys.executable, "-m", "tunesmith", "evaluate", str(done), "--data", str(rows)]
     words += ["--metrics", "accuracy,matthews,loss", "--precision", "fp32", "--json", "--out", str(tmp_path / "judged")]
     told = subprocess.run(words, capture_output=True, text=True, check=True)
     [model] = json.loads(told.stdout)["models"]
@@ -133,13 +139,13 @@ def test_a_plan_counts_the_head(encoder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_exports_keep_the_head(encoder: Path, tmp_path: Path) -> None:
+def test_exports_keep_the_head(learnt: Path, tmp_path: Path) -> None:
     """Kills: an export that predicts something else, or nothing."""
-    done = run(config(tmp_path, encoder, opinions()))
+    done = learnt
     whole, adapter = ship(str(done), "merged", str(tmp_path / "whole")), ship(str(done), "peft", str(tmp_path / "peft"))
     assert (whole / "predict.safetensors").read_bytes() == (adapter / "predict.safetensors").read_bytes()
     assert read(whole, "predict.json") == read(adapter, "adapter_config.json")["tunesmith_predict"]
-    question = Question(str(tmp_path / "rows.jsonl"), ("loss",), precision="fp32")
+    question = Question(str(learnt.with_name("rows.jsonl")), ("loss",), precision="fp32")
     for source in (whole, adapter):
         [model] = judge_models([str(source)], question)["models"]
         assert model["metrics"]["loss"]["value"] == pytest.approx(metric(done, "tuned", "loss"), rel=1e-4)
@@ -148,15 +154,15 @@ def test_exports_keep_the_head(encoder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_predicts_does_not_write_and_says_so(encoder: Path, tmp_path: Path) -> None:
+def test_what_predicts_does_not_write_and_says_so(learnt: Path, encoder: Path, tmp_path: Path) -> None:
     """Kills: a traceback from a template that an encoder does not have."""
-    done = run(config(tmp_path, encoder, opinions(), evaluate={}))
+    done = learnt
     with pytest.raises(ConfigError, match="labels for each text: bad, good; it writes no text") as caught:
         Speaker(str(done))
     assert "tunesmith evaluate" in caught.value.hint
     with pytest.raises(ConfigError, match="bert is an encoder"):
         Speaker(str(encoder))
-    rows = str(tmp_path / "rows.jsonl")
+    rows = str(learnt.with_name("rows.jsonl"))
     with pytest.raises(ConfigError, match="bleu: not of predictions"):
         judge_models([str(done)], Question(rows, ("bleu",)))
     with pytest.raises(ConfigError, match="no effect on a model that predicts"):
