@@ -22,31 +22,27 @@ from tunesmith.models.route import Route
 OTHERS = ["gemma", "gpt_neox", "phi3", "opt", "mpnet"]
 DTYPES = [torch.float32, torch.bfloat16]
 EVERY = [(model, dtype) for model in MODELS for dtype in DTYPES] + [(family, torch.float32) for family in OTHERS]
-# the fast tests take one of each kind of model, and one in bfloat16
-FAST = {
-    ("llama tied", torch.float32),
-    ("bert", torch.float32),
-    ("t5 tied", torch.float32),
-    ("gpt2 untied", torch.bfloat16),
-}
+# the fast tests take each method on a decoder, and in turn on another kind of model or in bfloat16
+FIRST = ("llama tied", torch.float32)
+IN_TURN = [("bert", torch.float32), ("t5 tied", torch.float32), ("gpt2 untied", torch.bfloat16)]
 
 
 def cells() -> list[Any]:
-    """Every model and precision, as parameters of a test."""
+    """Every method on every model in every precision, as parameters of a test."""
     return [
         pytest.param(
-            model, dtype, id=f"{model}-{str(dtype)[6:]}", marks=() if (model, dtype) in FAST else pytest.mark.slow
+            case, *cell, id=f"{cell[0]}-{str(cell[1])[6:]}-{case}",
+            marks=() if cell in (FIRST, IN_TURN[place % len(IN_TURN)]) else pytest.mark.slow,
         )
-        for model, dtype in EVERY
-    ]
+        for cell in EVERY for place, case in enumerate(CASES)
+    ]  # fmt: skip
 
 
 def family_of(model: str) -> str:
     return MODELS.get(model, (model,))[0]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("model", "dtype"), cells())
+@pytest.mark.parametrize(("case", "model", "dtype"), cells())
 def test_a_method_keeps_the_laws(case: str, model: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Kills: a parameter that is declared and never moves, moved and not declared, or trained and not saved."""
     refused = REFUSED.get((case, family_of(model)))
