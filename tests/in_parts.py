@@ -106,10 +106,16 @@ CASES = {
         "data-2-pipeline-2-zero2": Case(LayoutSection(data=2, pipeline=2, shard="zero2")),
         "data-2-tensor-2-zero1": Case(LayoutSection(data=2, tensor=2, shard="zero1"), exact=True),
         "data-2-tensor-2-zero2": Case(LayoutSection(data=2, tensor=2, shard="zero2"), exact=True),
+        "data-2-tensor-2-zero3": Case(LayoutSection(data=2, tensor=2, shard="zero3"), exact=True),
+        "data-2-pipeline-2-zero3": Case(LayoutSection(data=2, pipeline=2, shard="zero3")),
+        "interleaved-zero2": Case(LayoutSection(data=2, pipeline=2, shard="zero2", schedule="interleaved")),
     },
 }
 # whose training is followed, too
-TRAINED = ("interleaved", "tensor-2", "data-2-pipeline-2-zero2", "data-2-tensor-2-zero2", "tensor-2-pipeline-2")
+TRAINED = (
+    *("interleaved", "tensor-2", "tensor-2-pipeline-2", "data-2-tensor-2-zero2", "interleaved-zero2"),
+    *("data-2-tensor-2-zero3", "data-2-pipeline-2-zero3"),
+)
 STEPS = 4
 LOW = {"low-pipeline": Case(LayoutSection(pipeline=2), low=True), "low-tensor": Case(LayoutSection(tensor=2), low=True)}
 # the table of methods, in both ways to cut a model
@@ -150,7 +156,8 @@ def gradients(world: Alone, case: Case, method: str, count: int | None = None) -
     found = {}
     for number, step in enumerate(islice(steps(layout.data, epochs=1, of=case.rows)(Cursor()), count)):
         batches = [to_batch(rows) for rows in step.micro_batches]
-        loss = accumulate(case.objective, tuned.policy, batches, precision, layout)
+        spare = to_batch(step.spare) if layout.in_step and step.spare else None
+        loss = accumulate(case.objective, tuned.policy, batches, precision, layout, spare=spare)
         layout.reduce(sorted(pieces))
         norm = layout.norm([piece.grad for piece in pieces.values() if piece.grad is not None])
         whole = layout.whole({name: piece.grad for name, piece in pieces.items()})
