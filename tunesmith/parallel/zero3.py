@@ -150,7 +150,8 @@ class _ShardedPolicy:
         return found
 
     def hidden(self, batch: Any) -> Tensor:
-        found: Tensor = self._root(self._policy.hidden, batch)
+        # a copy, for what FSDP2 hears its gradient by must not be changed as a view of something else
+        found: Tensor = self._root(lambda batch: self._policy.hidden(batch).clone(), batch)
         return found
 
     def scores(self, batch: Any) -> Tensor:
