@@ -27,6 +27,7 @@ from tiny_models import VOCABULARY, disturb, tiny_loaded
 
 from tunesmith.adapt.full import Full
 from tunesmith.adapt.lora import LoRA
+from tunesmith.core import moments
 from tunesmith.core.errors import ConfigError, DivergedError, Stopped
 from tunesmith.core.rng import torch_generator
 from tunesmith.core.switches import SAVINGS, without
@@ -53,6 +54,7 @@ METHODS = {
 }
 SIZES = Sizes(rows_per_step=5, micro_batch_rows=2)
 STEPS = 20
+FEW = 256  # numbers of a tensor from which on int8 moments are codes, here
 
 
 def examples(count: int = 23) -> list[Example]:
@@ -115,7 +117,8 @@ def trained(world: Alone, shard: str, method: str, folder: Path, **rest: Any) ->
     layout = layout_of(LayoutSection(data=world.size, shard=shard if world.size > 1 else "none"), world)
     tuned = made(method, layout, rest.pop("dtype", torch.float32), rest.pop("recompute", "none"))
     given = {"steps": STEPS, "rows_per_step": 5, "micro_batch_rows": 2, "lr": 1e-3, "save_every": 10}
-    settings = TrainSection(**given, weight_decay=0.1, offload=rest.pop("offload", "none"))
+    given |= {name: rest.pop(name) for name in ("offload", "optimizer_state") if name in rest}
+    settings = TrainSection(**given, weight_decay=0.1)
     precision = PrecisionSection(**rest.pop("precision", {"compute": "fp32"}))
     stream, objective = rest.pop("stream", steps(world)), rest.pop("objective", SFT())
     return train(
@@ -228,7 +231,9 @@ def others(world: Alone, folder: Path) -> None:
     for shard in SHARDS:
         trained(world, shard, "full", folder / f"bf16-{shard}", **low)
         trained(world, shard, "lora", folder / f"again-{shard}", recompute="full")
-    spill.LEAST_BYTES = 64  # the model is tiny
+    spill.LEAST_BYTES, moments.SMALL = 64, FEW  # the model is tiny
+    for shard in SHARDS:
+        trained(world, shard, "full", folder / f"int8-{shard}", optimizer_state="int8")
     for shard, offload in OFFLOADS:
         trained(world, shard, "full", folder / f"{offload}-{shard}", offload=offload, **low)
     for shard in ("zero2", "zero3"):

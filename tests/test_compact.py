@@ -68,7 +68,7 @@ def test_a_second_moment_that_falls_by_a_thousandth_an_update_falls(state):
     made["w0"].grad[:, 0] = 1.0
     for _ in range(400):
         optimizer.step(0.0)
-    second = optimizer._read("second/w0", made["w0"])[:, 1:]
+    second = optimizer._read("second/w0").view(80, 64)[:, 1:]
     expected = 0.001 * 0.999**400
     assert second.mean().item() == pytest.approx(expected, rel=0.1)
 
@@ -76,11 +76,12 @@ def test_a_second_moment_that_falls_by_a_thousandth_an_update_falls(state):
 def test_numbers_scattered_on_the_grid_are_right_on_average():
     """Kills: truncation, or chance that does not go by nearness."""
     x = torch.full((200_000,), 1.0 + 2.0**-10)  # an eighth of the step of 2^-7
-    found = scattered(x, torch.Generator().manual_seed(0))
+    chance = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
+    found = scattered(x, chance)
     assert set(found.unique().tolist()) == {1.0, 1.0 + 2.0**-7}
     assert (found > 1).float().mean().item() == pytest.approx(1 / 8, abs=0.01)
     grid = torch.randn(1000).bfloat16().float()
-    assert torch.equal(scattered(grid, torch.Generator().manual_seed(0)), grid)
+    assert torch.equal(scattered(grid, chance[:1000]), grid)
 
 
 @pytest.mark.parametrize("state", STATES)

@@ -188,6 +188,10 @@ class Layout(Protocol):
         """Where the numbers of a piece lie in the whole tensor: first and behind the last of each run, in order."""
         ...
 
+    def cuts(self, name: str) -> Sequence[int]:
+        """Where replicas cut a tensor of theirs into pieces: numbers before each cut, in order."""
+        ...
+
     def keeps(self, name: str) -> bool:
         """Whether a checkpoint has the numbers of a piece from this process, and not from another that has the same."""
         ...
@@ -259,6 +263,9 @@ class Single:
 
     def runs(self, name: str, piece: Tensor) -> Sequence[tuple[int, int]]:
         return [(0, piece.numel())]
+
+    def cuts(self, name: str) -> Sequence[int]:
+        return ()
 
     def keeps(self, name: str) -> bool:
         return True

@@ -34,10 +34,10 @@ def refusals(config: Any) -> Iterator[tuple[str, str, str]]:
     layout, stop = config.layout, config.train.stop
     if layout.processes > 1 and config.train.cache_trunk:
         yield "train.cache_trunk", "is for one process, and the layout has several", "leave it out"
-    if layout.processes > 1 and config.train.optimizer_state == "int8":
-        told = "int8 codes are of blocks of whole tensors, and processes of a layout may hold parts of them"
-        yield "train.optimizer_state", told, "take bf16"
     kinds = _kinds(layout)
+    if "tensor" in kinds and config.train.optimizer_state == "int8":
+        told = "int8 has a scale for numbers that stand side by side, and tensor cuts between them"
+        yield "train.optimizer_state", told, "take bf16, or use layout.data or layout.pipeline"
     spread = "zero3" if layout.shard == "zero3" else kinds[0] if kinds else ""
     offload = config.train.offload
     if offload == "optimizer" and (layout.shard != "none" or kinds):

@@ -129,6 +129,9 @@ class Parts(Single):
         shape, size, rank = self._shape(name), self.split.size, self.split.rank
         return [run for within in inner for run in runs_of_cut(shape, axis, size, rank, within)]
 
+    def cuts(self, name: str) -> Sequence[int]:
+        return self.inner.cuts(name)
+
     def keeps(self, name: str) -> bool:
         return self.inner.keeps(name) and self._owner(name) in (None, self.parts.rank)
 
