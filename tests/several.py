@@ -236,11 +236,12 @@ def others(world: Alone, folder: Path) -> None:
         trained(world, shard, "full", folder / f"int8-{shard}", optimizer_state="int8")
     for shard, offload in OFFLOADS:
         trained(world, shard, "full", folder / f"{offload}-{shard}", offload=offload, **low)
-    for shard in ("zero2", "zero3"):
+    for shard, state in (("zero2", "fp32"), ("zero3", "int8")):
+        kept = {"optimizer_state": state}
         with suppress(Stopped):
-            trained(world, shard, "full", folder / f"broken-{shard}", stream=stopping(world, at=7))
-        trained(world, shard, "full", folder / f"broken-{shard}", resume=True)
-        trained(world, shard, "full", folder / f"unbroken-{shard}")
+            trained(world, shard, "full", folder / f"broken-{shard}", stream=stopping(world, at=7), **kept)
+        trained(world, shard, "full", folder / f"broken-{shard}", resume=True, **kept)
+        trained(world, shard, "full", folder / f"unbroken-{shard}", **kept)
     found = {}
     for shard in SHARDS:
         try:
