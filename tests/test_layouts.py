@@ -12,7 +12,7 @@ import pytest
 import torch
 from conformance import CASES
 from safetensors.torch import load_file
-from several import FEW, METHODS, OFFLOADS, SHARDS, SIZES, STEPS, examples, gradients, launch, made, trained
+from several import COMPARING, FEW, METHODS, OFFLOADS, SHARDS, SIZES, STEPS, examples, gradients, launch, made, trained
 
 from tunesmith.core.switches import SAVINGS, without
 from tunesmith.data.deal import deal
@@ -133,10 +133,11 @@ def test_rows_are_dealt_evenly_and_each_once() -> None:
 
 @pytest.mark.slow
 def test_every_method_learns_in_every_layout_or_is_refused_by_name(tmp_path: Path) -> None:
-    """Kills: an insert that no process gathers; a copy beside the base; a head outside of the blocks."""
+    """And objectives that compare. Kills: an insert that no process gathers; a copy beside the base; a head outside of
+    the blocks; a reference whose weights are in parts."""
     found = json.loads((finished(tmp_path, 2, "cases") / "cases.json").read_text())
     refused = {"lp_ft, zero3": "phases", "subspace, zero3": "all blocks"}
-    assert set(found) == {f"{case}, {shard}" for case in CASES for shard in SHARDS}
+    assert set(found) == {f"{case}, {shard}" for case in (*CASES, *COMPARING) for shard in SHARDS}
     for name, told in found.items():
         if name in refused:
             assert refused[name] in told
