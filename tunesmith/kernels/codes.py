@@ -102,8 +102,8 @@ def to_dynamic(
     """
     blocks = _in_blocks(x, block, lead)
     scales = blocks.abs().amax(1)
-    for place, magnitude in largest.items():
-        scales[place] = magnitude
+    for number, magnitude in largest.items():
+        scales[number] = magnitude
     scaled = blocks * _inverse(scales)[:, None]
     if chance is None:
         codes = _nearest(scaled, DYNAMIC[signed])

@@ -122,9 +122,9 @@ class CompactAdamW:
                 continue
             spot = self.spots[name]
             for block in spot.shared:
-                part, nothing = spot.within(block), torch.zeros((), device=master.device)
-                is_here = master.grad is not None and part.stop > part.start
-                first, second = self._moved(name, master.grad, part) if is_here else (nothing, nothing)
+                part, first, second = spot.within(block), *torch.zeros(2, 1, device=master.device)
+                if master.grad is not None and part.stop > part.start:
+                    first, second = self._moved(name, master.grad, part)
                 found[FIRST + name, block], found[SECOND + name, block] = first.abs().max(), second.max().sqrt()
         if not found:
             return {}
