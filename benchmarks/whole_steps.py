@@ -3,8 +3,8 @@
     python benchmarks/whole_steps.py [--megabits 10 25] [--layouts ddp zero1 zero2 zero3 pipeline] [--json]
 
 Two `tunesmith tune` of one small llama, each in a network namespace of its own (`benchmarks/links.py`). Computing is
-calibrated before each layout, in the same minutes: one process alone, with the rows that each of two has, whose fastest
-step says how many FLOPs a second the planner is given. A link is fitted on collectives alone, of up to what a bucket of
+calibrated before each layout, in the same minutes: one process alone, with the rows that each of two has, whose least
+processor time of a step says how many FLOPs a second the planner is given. A link is fitted on collectives alone, of up to what a bucket of
 the model has: long transfers are slower than short ones promise. The planner's step with nothing hidden is compared
 with the fastest of the measured ones. The model is small and the links are slow, so that a busy machine tells
 something, too. Needs root and iproute2.
@@ -94,7 +94,8 @@ def prepare(folder: Path) -> None:
 
 
 def tune(folder: Path, out: str, rows: int, layout: dict[str, Any], names: list[str] | None = None) -> dict[str, Any]:
-    """The fastest step of a run after the first one, as metrics.jsonl has it: others use the processors, too."""
+    """The fastest step of a run after the first one, as metrics.jsonl has it: others use the processors, too. Of one
+    process it is the one with the least processor time, for which they matter less."""
     words = ["tune", "c.yaml", f"out={out}", f"train.rows_per_step={rows}"]
     words += [f"layout.{key}={value}" for key, value in layout.items()]
     command = [sys.executable, "-m", "tunesmith", *words]
@@ -114,7 +115,7 @@ def tune(folder: Path, out: str, rows: int, layout: dict[str, Any], names: list[
     if any(process.returncode for process in processes):
         raise SystemExit("\n".join(errors))
     records = [json.loads(line) for line in (folder / out / "metrics.jsonl").read_text().splitlines()]
-    return min(records[1:], key=lambda record: record["step_seconds"])
+    return min(records[1:], key=lambda record: record["step_seconds" if names else "cpu_seconds"])
 
 
 def compared(folder: Path, name: str, megabits: int, link: Link, config: Config) -> dict[str, Any]:
@@ -123,11 +124,11 @@ def compared(folder: Path, name: str, megabits: int, link: Link, config: Config)
     with namespaces(2, megabits) as names:
         found = tune(folder, f"{name}-{megabits}", ROWS, LAYOUTS[name], names)
     work = Work(ROWS, round(alone["tokens"] / alone["rows"]))
-    planned = predicted(config, LAYOUTS[name], link, alone["step_seconds"], work)
+    planned = predicted(config, LAYOUTS[name], link, alone["cpu_seconds"], work)
     return {
         "layout": name,
         "megabits": megabits,
-        "alone_seconds": alone["step_seconds"],
+        "alone_seconds": alone["cpu_seconds"],
         "sent_bytes": found["sent_bytes"],
         "communication_seconds": found["communication_seconds"],
         "seconds": found["step_seconds"],
