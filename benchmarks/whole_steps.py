@@ -4,10 +4,10 @@
 
 Two `tunesmith tune` of one small llama, each in a network namespace of its own (`benchmarks/links.py`). Computing is
 calibrated before each layout, in the same minutes: one process alone, with the rows that each of two has, whose least
-processor time of a step says how many FLOPs a second the planner is given. A link is fitted on collectives alone, of up to what a bucket of
-the model has: long transfers are slower than short ones promise. The planner's step with nothing hidden is compared
-with the fastest of the measured ones. The model is small and the links are slow, so that a busy machine tells
-something, too. Needs root and iproute2.
+processor time of a step says how many FLOPs a second the planner is given. A link is fitted on collectives alone, of
+up to what a bucket of the model has: long transfers are slower than short ones promise. The planner's step with
+nothing hidden is compared with the fastest of the measured ones. The model is small and the links are slow, so that a
+busy machine tells something, too. Needs root and iproute2.
 """
 
 from __future__ import annotations
