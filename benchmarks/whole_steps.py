@@ -3,10 +3,11 @@
     python benchmarks/whole_steps.py [--megabits 10 25] [--layouts ddp zero1 zero2 zero3 pipeline] [--json]
 
 Two `tunesmith tune` of one small llama, each in a network namespace of its own (`benchmarks/links.py`). Computing is
-calibrated once: one process alone, with the rows that each of two has, whose fastest step says how many FLOPs a second
-the planner is given; a link is fitted on collectives alone. The planner's step with nothing hidden is compared with the
-fastest of the measured ones. The model is small and the links are slow, so that a busy machine tells something, too.
-Needs root and iproute2.
+calibrated before each layout, in the same minutes: one process alone, with the rows that each of two has, whose least
+processor time of a step says how many FLOPs a second the planner is given. A link is fitted on collectives alone, of
+up to what a bucket of the model has: long transfers are slower than short ones promise. The planner's step with
+nothing hidden is compared with the fastest of the measured ones. The model is small and the links are slow, so that a
+busy machine tells something, too. Needs root and iproute2.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tunesmith.plan.loads import Work  # noqa: E402
 from tunesmith.plan.placed import Board, Placed  # noqa: E402
 from tunesmith.run.placing import pieces_of_run  # noqa: E402
 
-FITTED_BYTES = 2**20  # the largest buffer of the collectives that a link is fitted on
+FITTED_BYTES = 2**22  # the largest buffer of the collectives that a link is fitted on: gradients are 3.6 MB
 ROWS, MICRO_ROWS, STEPS = 8, 2, 8  # of a step, of a micro-batch; and steps, the first of which opens connections
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ddp": {"data": 2},
@@ -62,16 +63,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         prepare(folder)
-        alone = tune(folder, "alone", ROWS // 2, {})
         config = load_config(folder / "c.yaml", ["out=plan", f"model={folder / 'model'}", "train.rows_per_step=8"])
-        work = Work(ROWS, round(alone["tokens"] / alone["rows"]))
-        told(f"alone: {alone['rows']} rows of {work.row_tokens} tokens in {alone['step_seconds']:.3f} s")
         rows = []
         for megabits in options.megabits:
             link = fitted(list(measured(2, megabits, FITTED_BYTES)))[2]
             told(f"{megabits} Mbit/s: {link.bytes_per_second * 8e-6:.2f} fitted, {1e3 * link.seconds:.1f} ms")
             for name in options.layouts:
-                rows.append(compared(folder, name, megabits, link, alone["step_seconds"], config, work))
+                rows.append(compared(folder, name, megabits, link, config))
                 told(line(rows[-1]))
     report(rows, options.json)
 
@@ -96,7 +94,8 @@ def prepare(folder: Path) -> None:
 
 
 def tune(folder: Path, out: str, rows: int, layout: dict[str, Any], names: list[str] | None = None) -> dict[str, Any]:
-    """The fastest step of a run after the first one, as metrics.jsonl has it: others use the processors, too."""
+    """The fastest step of a run after the first one, as metrics.jsonl has it: others use the processors, too. Of one
+    process it is the one with the least processor time, for which they matter less."""
     words = ["tune", "c.yaml", f"out={out}", f"train.rows_per_step={rows}"]
     words += [f"layout.{key}={value}" for key, value in layout.items()]
     command = [sys.executable, "-m", "tunesmith", *words]
@@ -116,19 +115,20 @@ def tune(folder: Path, out: str, rows: int, layout: dict[str, Any], names: list[
     if any(process.returncode for process in processes):
         raise SystemExit("\n".join(errors))
     records = [json.loads(line) for line in (folder / out / "metrics.jsonl").read_text().splitlines()]
-    return min(records[1:], key=lambda record: record["step_seconds"])
+    return min(records[1:], key=lambda record: record["step_seconds" if names else "cpu_seconds"])
 
 
-def compared(
-    folder: Path, name: str, megabits: int, link: Link, alone_seconds: float, config: Config, work: Work
-) -> dict[str, Any]:
+def compared(folder: Path, name: str, megabits: int, link: Link, config: Config) -> dict[str, Any]:
     """A layout at one speed of its links, measured and predicted."""
+    alone = tune(folder, f"{name}-{megabits}-alone", ROWS // 2, {})
     with namespaces(2, megabits) as names:
         found = tune(folder, f"{name}-{megabits}", ROWS, LAYOUTS[name], names)
-    planned = predicted(config, LAYOUTS[name], link, alone_seconds, work)
+    work = Work(ROWS, round(alone["tokens"] / alone["rows"]))
+    planned = predicted(config, LAYOUTS[name], link, alone["cpu_seconds"], work)
     return {
         "layout": name,
         "megabits": megabits,
+        "alone_seconds": alone["cpu_seconds"],
         "sent_bytes": found["sent_bytes"],
         "communication_seconds": found["communication_seconds"],
         "seconds": found["step_seconds"],
@@ -166,7 +166,8 @@ def cluster(count: int, teraflops: float, link: Link) -> Cluster:
 
 def line(row: dict[str, Any]) -> str:
     return (
-        f"| {row['layout']} | {row['megabits']} | {row['sent_bytes'] / 1e6:.2f} | {row['communication_seconds']:.2f} "
+        f"| {row['layout']} | {row['megabits']} | {row['alone_seconds']:.3f} | {row['sent_bytes'] / 1e6:.2f} "
+        f"| {row['communication_seconds']:.2f} "
         f"| {row['seconds']:.3f} | {row['predicted']:.3f} | {100 * row['error']:+.1f} % |"
     )
 
@@ -176,8 +177,8 @@ def report(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps({"median_error": middle, "load": os.getloadavg()[0], "rows": rows}))
         return
-    print("| layout | Mbit/s | sent, MB | in collectives, s | step measured, s | predicted, s | error |")
-    print("|---|---|---|---|---|---|---|")
+    print("| layout | Mbit/s | alone, s | sent, MB | in collectives, s | step measured, s | predicted, s | error |")
+    print("|---|---|---|---|---|---|---|---|")
     print("\n".join(map(line, rows)))
     print(f"\nmedian error {100 * middle:.1f} %, load {os.getloadavg()[0]:.1f}")
 

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from tiny_models import tiny_loaded, with_exact_norms
 from tunesmith.config import build_config
 from tunesmith.core.errors import ConfigError
 from tunesmith.core.problem import Problem
+from tunesmith.core.switches import SAVINGS, without
 from tunesmith.data.batch import to_batch
 from tunesmith.data.encode import Example
 from tunesmith.data.pack import Cursor
@@ -53,6 +55,7 @@ class Case:
         problem: what is predicted; None writes text.
         low: the model's numbers are bfloat16's, and so are activations where they are not exact.
         base: as `precision` has it.
+        plain: blocks run as transformers has them, here and in one process, as those that zero3 gathers do.
     """
 
     section: LayoutSection
@@ -62,6 +65,7 @@ class Case:
     problem: Problem | None = None
     low: bool = False
     base: Literal["same", "int8", "nf4"] = "same"
+    plain: bool = False
 
     @property
     def methods(self) -> list[str]:
@@ -105,10 +109,16 @@ CASES = {
         "data-2-pipeline-2-zero2": Case(LayoutSection(data=2, pipeline=2, shard="zero2")),
         "data-2-tensor-2-zero1": Case(LayoutSection(data=2, tensor=2, shard="zero1"), exact=True),
         "data-2-tensor-2-zero2": Case(LayoutSection(data=2, tensor=2, shard="zero2"), exact=True),
+        "data-2-tensor-2-zero3": Case(LayoutSection(data=2, tensor=2, shard="zero3"), exact=True),
+        "data-2-pipeline-2-zero3": Case(LayoutSection(data=2, pipeline=2, shard="zero3"), plain=True),
+        "interleaved-zero2": Case(LayoutSection(data=2, pipeline=2, shard="zero2", schedule="interleaved")),
     },
 }
 # whose training is followed, too
-TRAINED = ("interleaved", "tensor-2", "data-2-pipeline-2-zero2", "data-2-tensor-2-zero2", "tensor-2-pipeline-2")
+TRAINED = (
+    *("interleaved", "tensor-2", "tensor-2-pipeline-2", "data-2-tensor-2-zero2", "interleaved-zero2"),
+    *("data-2-tensor-2-zero3", "data-2-pipeline-2-zero3"),
+)
 STEPS = 4
 LOW = {"low-pipeline": Case(LayoutSection(pipeline=2), low=True), "low-tensor": Case(LayoutSection(tensor=2), low=True)}
 # the table of methods, in both ways to cut a model
@@ -142,6 +152,11 @@ def made(method: str, layout: Layout, case: Case) -> Any:
 
 def gradients(world: Alone, case: Case, method: str, count: int | None = None) -> dict[str, torch.Tensor]:
     """The gradient of the first steps, each by itself, and losses of rows, whole on the first process."""
+    with without(*SAVINGS) if case.plain else nullcontext():
+        return _gradients(world, case, method, count)
+
+
+def _gradients(world: Alone, case: Case, method: str, count: int | None) -> dict[str, torch.Tensor]:
     layout = layout_of(case.section, world)
     tuned = made(method, layout, case)
     precision = Precision(tuned.parameters, PrecisionSection(compute="fp32"))
@@ -149,7 +164,8 @@ def gradients(world: Alone, case: Case, method: str, count: int | None = None) -
     found = {}
     for number, step in ends(steps(layout.data, epochs=1, of=case.rows)(Cursor()))[:count]:
         batches = [to_batch(rows) for rows in step.micro_batches]
-        loss = accumulate(case.objective, tuned.policy, batches, precision, layout)
+        spare = to_batch(step.spare) if layout.in_step and step.spare else None
+        loss = accumulate(case.objective, tuned.policy, batches, precision, layout, spare=spare)
         layout.reduce(sorted(pieces))
         norm = layout.norm([piece.grad for piece in pieces.values() if piece.grad is not None])
         whole = layout.whole({name: piece.grad for name, piece in pieces.items()})

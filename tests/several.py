@@ -27,7 +27,9 @@ from warm import Warm
 
 from tunesmith.adapt.full import Full
 from tunesmith.adapt.lora import LoRA
+from tunesmith.core import moments
 from tunesmith.core.errors import ConfigError, DivergedError, Stopped
+from tunesmith.core.problem import Problem
 from tunesmith.core.rng import torch_generator
 from tunesmith.core.switches import SAVINGS, without
 from tunesmith.data.batch import to_batch
@@ -36,6 +38,8 @@ from tunesmith.data.encode import Example
 from tunesmith.data.order import Mixture
 from tunesmith.data.pack import Cursor, Sizes, StepStream
 from tunesmith.models.policy import Policy
+from tunesmith.objectives.dpo import DPO
+from tunesmith.objectives.reward import Reward
 from tunesmith.objectives.sft import SFT
 from tunesmith.parallel.layout import Layout, LayoutSection, layout_of
 from tunesmith.parallel.world import ALONE, Alone, joined
@@ -51,8 +55,10 @@ METHODS = {
     "full": Full(),
     "lora": LoRA(rank=4, targets=("q", "v", "down")),
 }
+COMPARING = {"dpo": DPO(), "reward": Reward()}  # objectives, with lora
 SIZES = Sizes(rows_per_step=5, micro_batch_rows=2)
 STEPS = 10
+FEW = 256  # numbers of a tensor from which on int8 moments are codes, here
 
 
 def examples(count: int = 23) -> list[Example]:
@@ -65,6 +71,21 @@ def examples(count: int = 23) -> list[Example]:
         first = int(torch.randint(1, length, (1,), generator=draw))
         found.append(Example(ids, [place >= first for place in range(length)], f"rows:{index}"))
     return found
+
+
+def pairs() -> list[Example]:
+    """Rows of two answers, the first of which is better."""
+    one, other = examples(), examples()[::-1]
+    return [
+        replace(
+            better,
+            ids=better.ids + worse.ids,
+            supervised=better.supervised + worse.supervised,
+            lengths=(len(better.ids), len(worse.ids)),
+            ranks=(0, 1),
+        )
+        for better, worse in zip(one, other, strict=True)
+    ]
 
 
 def steps(
@@ -120,7 +141,8 @@ def trained(world: Alone, shard: str, method: str, folder: Path, **rest: Any) ->
     layout = layout_of(LayoutSection(data=world.size, shard=shard if world.size > 1 else "none"), world)
     tuned = made(method, layout, rest.pop("dtype", torch.float32), rest.pop("recompute", "none"))
     given = {"steps": STEPS, "rows_per_step": 5, "micro_batch_rows": 2, "lr": 1e-3, "save_every": 5}
-    settings = TrainSection(**given, weight_decay=0.1, offload=rest.pop("offload", "none"))
+    given |= {name: rest.pop(name) for name in ("offload", "optimizer_state") if name in rest}
+    settings = TrainSection(**given, weight_decay=0.1)
     precision = PrecisionSection(**rest.pop("precision", {"compute": "fp32"}))
     stream, objective = rest.pop("stream", steps(world)), rest.pop("objective", SFT())
     return train(
@@ -165,9 +187,10 @@ def gradients_of_all(world: Alone, folder: Path) -> None:
 
 
 def cases(world: Alone, folder: Path) -> None:
-    """The gradient of one step for every method there is: how far it is from that of one process, or why not."""
+    """The gradient of one step for every method there is, and for objectives that compare: how far it is from that of
+    one process, or why not."""
     found = {}
-    for case in CASES:
+    for case in (*CASES, *COMPARING):
         with without(*SAVINGS):
             alone = gradient_of_case(ALONE, "none", case) if world.is_first else {}
             for shard in SHARDS:
@@ -184,17 +207,19 @@ def gradient_of_case(world: Alone, shard: str, case: str) -> dict[str, torch.Ten
     """The gradient of the first step."""
     layout = layout_of(LayoutSection(data=world.size, shard=shard if world.size > 1 else "none"), world)
     loaded = tiny_loaded("llama", tie_word_embeddings=True)
-    adapter = built(case).attach(loaded, seed=1)
+    objective = COMPARING.get(case, SFT())
+    loaded.predicts = Problem("reward") if objective.predicts else None
+    adapter = (METHODS["lora"] if case in COMPARING else built(case)).attach(loaded, seed=1)
     if case not in IN_PLACE:
         disturb(adapter)
     policy = Policy(loaded, adapter.route)
     tuned = layout.adopt(SimpleNamespace(parameters=adapter.parameters, policy=policy, phases=adapter.phases))
     precision = Precision(tuned.parameters, PrecisionSection(compute="fp32"))
     pieces = layout.hold(precision)
-    step = next(iter(steps(world)(Cursor())))
+    step = next(iter(steps(world, of=pairs if case in COMPARING else examples)(Cursor())))
     spare = to_batch(step.spare) if step.spare else None
     batches = [to_batch(rows) for rows in step.micro_batches]
-    accumulate(SFT(), tuned.policy, batches, precision, layout, spare=spare)
+    accumulate(objective, tuned.policy, batches, precision, layout, spare=spare)
     fill_missing(pieces, False, layout.reduce(sorted(pieces)))
     found = layout.whole({name: piece.grad for name, piece in pieces.items()})
     layout.close()
@@ -228,14 +253,17 @@ def others(world: Alone, folder: Path) -> None:
     for shard in SHARDS:
         trained(world, shard, "full", folder / f"bf16-{shard}", **low)
         trained(world, shard, "lora", folder / f"again-{shard}", recompute="full")
-    spill.LEAST_BYTES = 64  # the model is tiny
+    spill.LEAST_BYTES, moments.SMALL = 64, FEW  # the model is tiny
+    for shard in SHARDS:
+        trained(world, shard, "full", folder / f"int8-{shard}", optimizer_state="int8")
     for shard, offload in OFFLOADS:
         trained(world, shard, "full", folder / f"{offload}-{shard}", offload=offload, **low)
-    for shard in ("zero2", "zero3"):
+    for shard, state in (("zero2", "fp32"), ("zero3", "int8")):
+        kept = {"optimizer_state": state}
         with suppress(Stopped):
-            trained(world, shard, "full", folder / f"broken-{shard}", stream=stopping(world, at=7))
-        trained(world, shard, "full", folder / f"broken-{shard}", resume=True)
-        trained(world, shard, "full", folder / f"unbroken-{shard}")
+            trained(world, shard, "full", folder / f"broken-{shard}", stream=stopping(world, at=7), **kept)
+        trained(world, shard, "full", folder / f"broken-{shard}", resume=True, **kept)
+        trained(world, shard, "full", folder / f"unbroken-{shard}", **kept)
     found = {}
     for shard in SHARDS:
         try:

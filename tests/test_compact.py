@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from tiny_training import TinyTuned, lasting, run, settings
 from torch import nn
 
 from tunesmith.core.errors import Stopped
-from tunesmith.core.moments import SMALL, moment_bytes
+from tunesmith.core.moments import BLOCK, SMALL, blocks_of, moment_bytes
+from tunesmith.kernels.codes import from_dynamic, to_dynamic
 from tunesmith.plan.memory import TensorSpec, count_memory
 from tunesmith.train.compact import CompactAdamW, scattered
 from tunesmith.train.optim import AdamW
 from tunesmith.train.section import PrecisionSection
+from tunesmith.train.spots import Spot
 
 STATES = ("bf16", "int8")
 
@@ -68,7 +71,7 @@ def test_a_second_moment_that_falls_by_a_thousandth_an_update_falls(state):
     made["w0"].grad[:, 0] = 1.0
     for _ in range(400):
         optimizer.step(0.0)
-    second = optimizer._read("second/w0", made["w0"])[:, 1:]
+    second = optimizer._read("second/w0").view(80, 64)[:, 1:]
     expected = 0.001 * 0.999**400
     assert second.mean().item() == pytest.approx(expected, rel=0.1)
 
@@ -76,11 +79,38 @@ def test_a_second_moment_that_falls_by_a_thousandth_an_update_falls(state):
 def test_numbers_scattered_on_the_grid_are_right_on_average():
     """Kills: truncation, or chance that does not go by nearness."""
     x = torch.full((200_000,), 1.0 + 2.0**-10)  # an eighth of the step of 2^-7
-    found = scattered(x, torch.Generator().manual_seed(0))
+    chance = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
+    found = scattered(x, chance)
     assert set(found.unique().tolist()) == {1.0, 1.0 + 2.0**-7}
     assert (found > 1).float().mean().item() == pytest.approx(1 / 8, abs=0.01)
     grid = torch.randn(1000).bfloat16().float()
-    assert torch.equal(scattered(grid, torch.Generator().manual_seed(0)), grid)
+    assert torch.equal(scattered(grid, chance[:1000]), grid)
+
+
+def test_codes_of_pieces_are_those_of_the_whole():
+    """A cut within a block, a piece within one, an empty piece. Kills: a block that begins with the piece."""
+    whole = torch.randn(3000, generator=torch.Generator().manual_seed(0))
+    ends = (0, 300, 310, 310, 1024, 3000)
+    shared = (1,)  # block 1 is of three pieces; block 4 begins at a cut
+    everything = Spot(3000, [(0, 3000)], ())
+    wanted, scales = coded(whole, everything, {})
+    found = []
+    for first, end in pairwise(ends):
+        spot = Spot(3000, [(first, end)], shared)
+        here = {spot.place(1): whole[256:512].abs().max().item()} if spot.within(1).stop > spot.within(1).start else {}
+        codes, mine = coded(whole[first:end], spot, here)
+        found.append(codes)
+        assert torch.equal(mine, scales[slice(*blocks_of(first, end))])
+        assert torch.equal(
+            from_dynamic(codes, mine, signed=True, block=BLOCK, lead=spot.lead),
+            from_dynamic(wanted, scales, signed=True, block=BLOCK)[first:end],
+        )
+    assert torch.equal(torch.cat(found), wanted)
+
+
+def coded(numbers, spot, largest):
+    chance = spot.chance(0, "moments", 1, "w")
+    return to_dynamic(numbers, signed=True, block=BLOCK, chance=chance, lead=spot.lead, largest=largest)
 
 
 @pytest.mark.parametrize("state", STATES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conformance import CASES
 from safetensors.torch import load_file
-from several import METHODS, OFFLOADS, SHARDS, SIZES, STEPS, examples, gradients, launch, made, trained
+from several import COMPARING, FEW, METHODS, OFFLOADS, SHARDS, SIZES, STEPS, examples, gradients, launch, made, trained
 
 from tunesmith.core.switches import SAVINGS, without
 from tunesmith.data.deal import deal
@@ -132,10 +133,11 @@ def test_rows_are_dealt_evenly_and_each_once() -> None:
 
 @pytest.mark.slow
 def test_every_method_learns_in_every_layout_or_is_refused_by_name(tmp_path: Path) -> None:
-    """Kills: an insert that no process gathers; a copy beside the base; a head outside of the blocks."""
+    """And objectives that compare. Kills: an insert that no process gathers; a copy beside the base; a head outside of
+    the blocks; a reference whose weights are in parts."""
     found = json.loads((finished(tmp_path, 2, "cases") / "cases.json").read_text())
     refused = {"lp_ft, zero3": "phases", "subspace, zero3": "all blocks"}
-    assert set(found) == {f"{case}, {shard}" for case in CASES for shard in SHARDS}
+    assert set(found) == {f"{case}, {shard}" for case in (*CASES, *COMPARING) for shard in SHARDS}
     for name, told in found.items():
         if name in refused:
             assert refused[name] in told
@@ -175,12 +177,40 @@ def test_what_waits_outside_memory_changes_no_bit(others: Path, shard: str, offl
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", ["zero2", "zero3"])
 def test_sigterm_to_one_process_saves_all_and_the_resumed_run_is_the_same(others: Path, shard: str) -> None:
-    """Kills: processes that stop at different steps; moments that are handed out to the wrong process."""
+    """With moments of 8 bits under zero3. Kills: processes that stop at different steps; moments that are handed out to
+    the wrong process."""
     broken, whole = others / f"broken-{shard}", others / f"unbroken-{shard}"
     for file in ("weights.safetensors", "moments.safetensors"):
         parts = [(run / "checkpoints" / f"step-{STEPS:06d}" / file).read_bytes() for run in (broken, whole)]
         assert parts[0] == parts[1]
     assert (broken / "metrics.jsonl").read_text().count("\n") == STEPS
+
+
+@pytest.mark.slow
+def test_int8_moments_are_those_of_one_process_but_for_a_few_codes(
+    others: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What differs is what rounding of gradients puts on the other side of chance; a number moves by a part of the
+    rate. Kills: blocks that begin with a piece; a scale of one process's numbers alone; chance drawn for each process.
+    """
+    monkeypatch.setattr("tunesmith.core.moments.SMALL", FEW)
+    trained(ALONE, "none", "full", tmp_path / "one", optimizer_state="int8")
+    (tmp_path / "on" / "checkpoints").mkdir(parents=True)
+    step = Path("checkpoints") / "step-000010"
+    shutil.copytree(others / "int8-zero3" / step, tmp_path / "on" / step)
+    trained(ALONE, "none", "full", tmp_path / "on", optimizer_state="int8", resume=True)
+    moments, weights = last(tmp_path / "one", "moments.safetensors"), last(tmp_path / "one")
+    codes = [name for name, value in moments.items() if value.dtype == torch.uint8]
+    assert sum(moments[name].numel() for name in codes) > 0.9 * sum(value.numel() for value in moments.values())
+    for run in (*(others / f"int8-{shard}" for shard in SHARDS), tmp_path / "on"):
+        found, kept = last(run), last(run, "moments.safetensors")
+        assert kept.keys() == moments.keys()
+        assert sum((kept[name] != moments[name]).sum() for name in codes) <= 200, run
+        for name in set(moments) - set(codes):
+            torch.testing.assert_close(kept[name], moments[name], rtol=1e-3, atol=1e-6)
+        far = torch.cat([(found[name] - value).abs().flatten() for name, value in weights.items()])
+        assert far.max() <= 0.3 * 1e-3
+        assert far.mean() <= 1e-6
 
 
 @pytest.mark.slow

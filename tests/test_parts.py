@@ -136,17 +136,20 @@ def test_a_part_holds_and_sends_what_is_planned(folder: Path, name: str, method:
     specs = tensor_specs(tuned.policy.model, tuned.parameters.values())
     item_bytes = 8 if case.exact else 4
     parts, data = case.section.parts, case.section.data
+    in_passes = case.section.shard in (("zero2", "zero3") if case.section.pipeline > 1 else ("zero3",))
     for rank, told in enumerate(json.loads((folder / f"{name}-{method}" / "ranks.json").read_text())):
         sent: Counter[str] = Counter()
         replicas = [steps(SimpleNamespace(rank=one, size=data))(Cursor()) for one in range(data)]
         for hands in islice(zip(*replicas, strict=False), STEPS):
-            sizes = [sum(len(row.ids) for row in rows) for rows in hands[rank // parts].micro_batches]
-            plan = PartsSpread(case.section, 4, 32, item_bytes, len(sizes), sum(sizes), max(sizes))
+            hand, most = hands[rank // parts], max(len(hand.micro_batches) for hand in hands)
+            sizes = [sum(len(row.ids) for row in rows) for rows in hand.micro_batches]
+            # where replicas wait for each other within passes, all make as many
+            missing = most - len(sizes) if in_passes else 0
+            tokens = sum(sizes) + missing * sum(len(row.ids) for row in hand.spare)
+            plan = PartsSpread(case.section, 4, 32, item_bytes, len(sizes) + missing, tokens, max(sizes))
             sent["activations"] += plan.activations_sent_bytes(rank % parts, specs)
-            # replicas reduce as often as the one with most micro-batches
-            most = replace(plan, micro_batches=max(len(hand.micro_batches) for hand in hands))
-            sent.update({**most.sent_bytes(rank % parts, specs), "activations": 0})
-        assert told["activations_sent_bytes"] == pytest.approx(sent.pop("activations"), abs=STEPS * 100)
+            # and reduce as often as the one with most
+            sent.update({**replace(plan, micro_batches=most).sent_bytes(rank % parts, specs), "activations": 0})
         if case.exact and method == "full":
             continue  # float64 is for the test alone: a plan knows gradients of 32 bits
         for kind, count in sent.items():

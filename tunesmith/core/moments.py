@@ -9,6 +9,12 @@ COPIED_BYTES = 256_000_000  # of a state on the CPU that is copied, to be saved 
 STATE_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 
+def blocks_of(first: int, end: int) -> tuple[int, int]:
+    """The blocks that the numbers from `first` to before `end` of a tensor lie in: the first, and behind the last."""
+    begin = first // BLOCK
+    return begin, -(-end // BLOCK) if end > first else begin
+
+
 def kept_in(numbers: int, state: str) -> str:
     """The format of one moment of a tensor of so many numbers."""
     return "fp32" if state == "int8" and numbers < SMALL else state

@@ -8,6 +8,9 @@ row (Dettmers et al. 2022, arXiv 2208.07339, section 3.1). What a matrix of code
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 
@@ -79,32 +82,46 @@ def plain_nf4(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dty
     return numbers.view(-1)[: shape.numel()].view(shape).to(dtype)
 
 
-def to_dynamic(x: Tensor, *, signed: bool, block: int, chance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def to_dynamic(
+    x: Tensor,
+    *,
+    signed: bool,
+    block: int,
+    chance: Tensor | None = None,
+    lead: int = 0,
+    largest: Mapping[int, float] = MappingProxyType({}),
+) -> tuple[Tensor, Tensor]:
     """Codes of a tensor of any shape, uint8 in one row, and the largest magnitude of every block, float32.
 
     Args:
         signed: whether it has negative numbers.
         chance: of the shape of x, in [0, 1): a number between two of the table becomes the larger one where its share
             of the way there is more than this; None takes the nearer one.
+        lead: numbers that are elsewhere and come before in the first block.
+        largest: magnitudes of blocks that have numbers elsewhere, too, by their place here.
     """
-    blocks = _in_blocks(x, block)
-    largest = blocks.abs().amax(1)
-    scaled = blocks * _inverse(largest)[:, None]
+    blocks = _in_blocks(x, block, lead)
+    scales = blocks.abs().amax(1)
+    for number, magnitude in largest.items():
+        scales[number] = magnitude
+    scaled = blocks * _inverse(scales)[:, None]
     if chance is None:
         codes = _nearest(scaled, DYNAMIC[signed])
     else:
         table = DYNAMIC[signed].to(x.device)
         place = torch.bucketize(scaled.view(-1), table[1:-1], right=True, out_int32=True)
         lower, step = table.index_select(0, place), table.diff().index_select(0, place)
-        codes = place + (scaled.view(-1) - lower > step * _in_blocks(chance, block).view(-1))
+        codes = place + (scaled.view(-1) - lower > step * _in_blocks(chance, block, lead).view(-1))
         codes = codes.to(torch.uint8)
-    return codes.view(-1)[: x.numel()], largest
+    return codes.view(-1)[lead : lead + x.numel()], scales
 
 
-def from_dynamic(codes: Tensor, scales: Tensor, *, signed: bool, block: int) -> Tensor:
-    """The numbers of `to_dynamic`, float32 in one row."""
+def from_dynamic(codes: Tensor, scales: Tensor, *, signed: bool, block: int, lead: int = 0) -> Tensor:
+    """The numbers of `to_dynamic`, float32 in one row; codes may be some, with `lead` numbers before them."""
     table = DYNAMIC[signed].to(codes.device)
-    return table.index_select(0, codes.int()) * scales.repeat_interleave(block)[: codes.numel()]
+    begin, end = lead // block, -(-(lead + codes.numel()) // block)
+    wide = scales[begin:end].repeat_interleave(block)[lead - begin * block :]
+    return table.index_select(0, codes.int()) * wide[: codes.numel()]
 
 
 def to_int8(x: Tensor) -> dict[str, Tensor]:
@@ -130,10 +147,11 @@ def plain_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return (codes.float() * scales[:, None]).to(dtype)
 
 
-def _in_blocks(x: Tensor, block: int) -> Tensor:
-    """[blocks, block], float32; zeros fill up the last one."""
+def _in_blocks(x: Tensor, block: int, lead: int = 0) -> Tensor:
+    """[blocks, block], float32; zeros before the numbers and behind them."""
     flat = x.reshape(-1).float()
-    return torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block)
+    filled = torch.nn.functional.pad(flat, (lead, -(lead + flat.numel()) % block))
+    return filled.view(filled.numel() // block, block)
 
 
 def _inverse(x: Tensor) -> Tensor:

@@ -247,6 +247,13 @@ def attached_to(model: nn.Module) -> Attached:
     return found
 
 
+def held_by(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a model and of the prediction heads that are attached to it."""
+    yield from model.parameters()
+    for head in attached_to(model).heads.values():
+        yield from head.parameters()
+
+
 def install(model: nn.Module, target: Target) -> Port:
     """The port at a target's path, put there if there is none yet."""
     module = model.get_submodule(target.path)

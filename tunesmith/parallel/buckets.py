@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -60,19 +61,25 @@ class Bucket:
 
 
 def fill(
-    tensors: Mapping[str, Tensor], size: int, most_bytes: int = BUCKET_BYTES, apart: Collection[str] = ()
+    tensors: Mapping[str, Tensor],
+    size: int,
+    most_bytes: int = BUCKET_BYTES,
+    apart: Collection[str] = (),
+    turns: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Bucket]:
-    """Buckets of tensors of one dtype each, which a collective wants.
+    """Buckets of tensors of one dtype each, which a collective wants, and of one turn.
 
     Args:
         tensors: whose sizes and dtypes count.
         size: processes.
         apart: names of tensors that have a bucket each, so that it is cut the same whatever other tensors there are.
+        turns: as `layout.Single` has them.
     """
     buckets = [_bucket([name], tensors, size) for name in tensors if name in apart]
     tensors = {name: tensor for name, tensor in tensors.items() if name not in apart}
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors.values()):
-        names = sorted((name for name, tensor in tensors.items() if tensor.dtype == dtype), key=_natural, reverse=True)
+    kinds = {name: (turns.get(name, 0), tensor.dtype) for name, tensor in tensors.items()}
+    for kind in dict.fromkeys(kinds.values()):
+        names = sorted((name for name in tensors if kinds[name] == kind), key=_natural, reverse=True)
         group: list[str] = []
         for name in names:
             if group and 4 * sum(tensors[held].numel() for held in [*group, name]) > most_bytes:

@@ -88,7 +88,7 @@ class Split(Sharded, Ddp):
     def hold(self, held: Held) -> dict[str, nn.Parameter]:
         self.masters = held.masters
         # by the parameters' dtype: that is what is gathered
-        self.buckets = fill(held.parameters, self.world.size, apart=self.apart)
+        self.buckets = fill(held.parameters, self.world.size, apart=self.apart, turns=self.turns)
         pieces = {}
         for bucket in self.buckets:
             for name in bucket.spans:

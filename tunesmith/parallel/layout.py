@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from pydantic import Field, model_validator
@@ -72,10 +73,8 @@ class LayoutSection(Section):
                 raise ValueError(
                     f"{name}: {value} has no effect without a pipeline; set pipeline to how many there are"
                 )
-        if self.shard == "zero3" and self.parts > 1:
-            raise ValueError("shard: zero3 is not there with tensor or pipeline; zero2, zero1 and none are")
-        if self.shard == "zero2" and self.schedule == "interleaved":
-            raise ValueError("schedule: interleaved would reduce what zero2 splits twice a micro-batch; take 1f1b")
+        if self.shard == "zero3" and self.schedule == "interleaved":
+            raise ValueError("schedule: interleaved runs through blocks that zero3 would gather in vain; take 1f1b")
         return self
 
 
@@ -96,9 +95,18 @@ class Passes(Protocol):
     """Who makes all forward and backward passes of a step together."""
 
     def __call__(
-        self, objective: Any, batches: Sequence[Batch], weight: float, reseed: Callable[[int], object]
+        self,
+        objective: Any,
+        batches: Sequence[Batch],
+        weight: float,
+        reseed: Callable[[int], object],
+        spare: Batch | None,
     ) -> list[Tensor]:
-        """Adds the gradient of a step, each loss divided by `weight`, and answers the totals of its micro-batches."""
+        """Adds the gradient of a step, each loss divided by `weight`, and answers the totals of its micro-batches.
+
+        Args:
+            spare: what is computed, and weighs nothing, where there are none and others have some.
+        """
         ...
 
 
@@ -133,8 +141,12 @@ class Layout(Protocol):
         """Takes over the masters and answers the pieces that this process updates, by the same names."""
         ...
 
-    def passed(self) -> None:
-        """After each backward pass, or in the place of one that another process makes."""
+    def passed(self, turn: int | None = None) -> None:
+        """After each backward pass, or in the place of one that another process makes.
+
+        Args:
+            turn: which tensors have gradients of it (`Single.turns`); None for all.
+        """
         ...
 
     def reduce(self, names: Collection[str]) -> set[str]:
@@ -176,6 +188,10 @@ class Layout(Protocol):
         """Where the numbers of a piece lie in the whole tensor: first and behind the last of each run, in order."""
         ...
 
+    def cuts(self, name: str) -> Sequence[int]:
+        """Where replicas cut a tensor of theirs into pieces: numbers before each cut, in order."""
+        ...
+
     def keeps(self, name: str) -> bool:
         """Whether a checkpoint has the numbers of a piece from this process, and not from another that has the same."""
         ...
@@ -194,9 +210,11 @@ class Single:
 
     Attributes:
         apart: names of tensors that processes with other tensors beside them have to cut in the same way.
+        turns: in which of the backward passes of a micro-batch a tensor's gradient comes, by name; 0 for others.
     """
 
     apart: Collection[str] = ()
+    turns: Mapping[str, int] = MappingProxyType({})
     in_step = in_parts = False
     passes: Passes | None = None
 
@@ -215,7 +233,7 @@ class Single:
         self.masters = self.pieces = held.masters
         return held.masters
 
-    def passed(self) -> None:
+    def passed(self, turn: int | None = None) -> None:
         pass
 
     def reduce(self, names: Collection[str]) -> set[str]:
@@ -245,6 +263,9 @@ class Single:
 
     def runs(self, name: str, piece: Tensor) -> Sequence[tuple[int, int]]:
         return [(0, piece.numel())]
+
+    def cuts(self, name: str) -> Sequence[int]:
+        return ()
 
     def keeps(self, name: str) -> bool:
         return True

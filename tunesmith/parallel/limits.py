@@ -34,11 +34,11 @@ def refusals(config: Any) -> Iterator[tuple[str, str, str]]:
     layout, stop = config.layout, config.train.stop
     if layout.processes > 1 and config.train.cache_trunk:
         yield "train.cache_trunk", "is for one process, and the layout has several", "leave it out"
-    if layout.processes > 1 and config.train.optimizer_state == "int8":
-        told = "int8 codes are of blocks of whole tensors, and processes of a layout may hold parts of them"
-        yield "train.optimizer_state", told, "take bf16"
     kinds = _kinds(layout)
-    spread = kinds[0] if kinds else "zero3" if layout.shard == "zero3" else ""
+    if "tensor" in kinds and config.train.optimizer_state == "int8":
+        told = "int8 has a scale for numbers that stand side by side, and tensor cuts between them"
+        yield "train.optimizer_state", told, "take bf16, or use layout.data or layout.pipeline"
+    spread = "zero3" if layout.shard == "zero3" else kinds[0] if kinds else ""
     offload = config.train.offload
     if offload == "optimizer" and (layout.shard != "none" or kinds):
         told = f"optimizer keeps whole masters apart, and {kinds[0] if kinds else layout.shard} has parts of them"
@@ -46,7 +46,7 @@ def refusals(config: Any) -> Iterator[tuple[str, str, str]]:
     if offload == "activations" and spread:
         told = f"activations wait for a backward of their own, and {spread} makes passes itself"
         yield "train.offload", told, "leave it out, or use layout.data without zero3"
-    if config.precision.base != "same" and spread in ("tensor", "zero3"):
+    if config.precision.base != "same" and (spread == "zero3" or "tensor" in kinds):
         told = f"{config.precision.base} holds codes, and {spread} splits numbers"
         yield "precision.base", told, "set it to same, or use layout.pipeline, or layout.data without zero3"
     judged = config.objective.predicts or config.objective.compares

@@ -9,6 +9,7 @@ checkpoints and the adapter: they are put together on the first process. What co
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,14 @@ class Parts(Single):
         self.axes: dict[str, int] = {}
         self.shared: set[str] = set()
         self._tables: list[dict[str, list[int]]] = []
+        self.in_step = self.inner.in_step
+
+    def cut(self, tuned: Any) -> None:
+        """Leaves of a model what is this process's; called once, by `adopt`."""
+
+    def adopt(self, tuned: Any) -> Any:
+        self.cut(tuned)
+        return self.inner.adopt(tuned)
 
     def sum(self, value: float) -> float:
         return self.data.sums([value])[0]
@@ -59,8 +68,8 @@ class Parts(Single):
         self.axes = {name: axis for known in self.parts.told(self.axes) for name, axis in known.items()}
         return self.pieces
 
-    def passed(self) -> None:
-        self.inner.passed()
+    def passed(self, turn: int | None = None) -> None:
+        self.inner.passed(turn)
 
     def reduce(self, names: Collection[str]) -> set[str]:
         unreached = self.inner.reduce(names)
@@ -119,6 +128,9 @@ class Parts(Single):
             return inner
         shape, size, rank = self._shape(name), self.split.size, self.split.rank
         return [run for within in inner for run in runs_of_cut(shape, axis, size, rank, within)]
+
+    def cuts(self, name: str) -> Sequence[int]:
+        return self.inner.cuts(name)
 
     def keeps(self, name: str) -> bool:
         return self.inner.keeps(name) and self._owner(name) in (None, self.parts.rank)

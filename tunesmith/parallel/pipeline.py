@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tunesmith.core.errors import ConfigError
 from tunesmith.core.types import Batch
 from tunesmith.kernels.quantized import Quantized
-from tunesmith.models.ports import Port, attached_to
+from tunesmith.models.ports import Port, attached_to, held_by
 from tunesmith.models.targets import block_paths
 from tunesmith.models.trunk import current_cut
 from tunesmith.parallel.layout import LayoutSection
@@ -33,31 +33,41 @@ class Pipeline(Parts):
         super().__init__(world, section)
         self.section = section
         self.engine: Engine
+        # replicas send each other something within every pass
+        self.in_step = section.shard in ("zero2", "zero3")
         self._ends: World | None = None
         self._tied: set[str] = set()
 
     def adopt(self, tuned: Any) -> Any:
         """The same with the blocks of this process alone. Raises ConfigError where one would have nothing to train."""
+        # what states are in; zero3 keeps weights in another dtype
+        dtype = tuned.policy.model.get_input_embeddings().weight.dtype
         tuned = super().adopt(tuned)
+        group = self.mesh.get_group("pipe")
+        self.engine = Engine(tuned.policy, self.section, self.pipe, group, self._lowest, dtype, self.passed)
+        self.passes = self._passes
+        tuned.policy = _StagedPolicy(tuned.policy, self.engine)
+        return tuned
+
+    def cut(self, tuned: Any) -> None:
+        super().cut(tuned)
         policy = tuned.policy
         stages = _stages_of(policy, spans(len(block_paths(policy.model, policy.family)), self.section.stages))
         mine = {stage for stage in range(self.section.stages) if stage % self.pipe.size == self.pipe.rank}
         trained = {name: stages[id(parameter)] for name, parameter in tuned.parameters.items()}
         self._check(trained)
-        lowest = min(min(held) for held in trained.values())
+        self._lowest = min(min(held) for held in trained.values())
         self._tied = {name for name, held in trained.items() if len(held) > 1}
-        self.inner.apart = self._tied
         self._join_ends()
         tuned.parameters = {name: held for name, held in tuned.parameters.items() if trained[name] & mine}
+        self.inner.apart = self._tied
+        # embedding and head are on different processes, so that one stage has each
+        self.inner.turns = {name: min(trained[name] & mine) for name in tuned.parameters}
         if 0 not in mine:
             _without_embedding(policy.model.get_input_embeddings())
-        for parameter in policy.model.parameters():
+        for parameter in held_by(policy.model):
             if not stages[id(parameter)] & mine:
                 _let_go(parameter)
-        self.engine = Engine(policy, self.section, self.pipe, self.mesh.get_group("pipe"), lowest, self.passed)
-        self.passes = self._passes
-        tuned.policy = _StagedPolicy(policy, self.engine)
-        return tuned
 
     def reduce(self, names: Collection[str]) -> set[str]:
         unreached = super().reduce(names)
@@ -69,15 +79,16 @@ class Pipeline(Parts):
         return super().facts() | self.engine.facts()
 
     def _passes(
-        self, objective: Any, batches: Sequence[Batch], weight: float, reseed: Callable[[int], object]
+        self,
+        objective: Any,
+        batches: Sequence[Batch],
+        weight: float,
+        reseed: Callable[[int], object],
+        spare: Batch | None,
     ) -> list[Tensor]:
         """All passes of a step: `layout.Passes`."""
-        most = int(self.data.most(len(batches)))
-        totals = self.engine.step(objective, batches, weight, reseed)
-        # others with this part may have more micro-batches, and wait for it after each
-        for _ in range(most - len(batches)):
-            self.passed()
-        return totals
+        most = int(self.data.most(len(batches))) if self.in_step else len(batches)
+        return self.engine.step(objective, batches, weight, reseed, spare, most)
 
     def _join_ends(self) -> None:
         """The processes of the first and the last stage as a world; every process takes part in making them all."""

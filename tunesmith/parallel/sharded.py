@@ -31,6 +31,10 @@ class Placed(Single):
     def runs(self, name: str, piece: Tensor) -> Sequence[tuple[int, int]]:
         return [self.places[name].ranges[self.world.rank]]
 
+    def cuts(self, name: str) -> Sequence[int]:
+        place = self.places[name]
+        return sorted({first for first, _ in place.ranges} - {0, place.shape.numel()})
+
     def keeps(self, name: str) -> bool:
         return self.world.is_first
 

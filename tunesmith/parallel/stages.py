@@ -54,7 +54,8 @@ class Engine:
         parts: the processes of the pipeline.
         group: torch's name for them.
         lowest: the lowest stage with something to train: what comes from below it needs no gradient.
-        passed: is called after each backward pass.
+        dtype: of states.
+        passed: is called after each backward pass, with the number of its stage.
     """
 
     def __init__(
@@ -64,11 +65,12 @@ class Engine:
         parts: World,
         group: Any,
         lowest: int,
-        passed: Callable[[], None],
+        dtype: torch.dtype,
+        passed: Callable[[int], None],
     ) -> None:
         held = spans(int(policy.config.num_hidden_layers), section.stages)
-        self.passed = passed
-        self.policy, self.section, self.parts, self.group, self.lowest = policy, section, parts, group, lowest
+        self.policy, self.section, self.parts, self.group = policy, section, parts, group
+        self.lowest, self.dtype, self.passed = lowest, dtype, passed
         self.numbers = [number for number in range(len(held)) if number % parts.size == parts.rank]
         self.has_last = len(held) - 1 in self.numbers
         self.modules = [_Blocks(self, held[number]) for number in self.numbers]
@@ -79,19 +81,30 @@ class Engine:
         self.ideal = [0.0, 0]
 
     def step(
-        self, objective: Any, batches: Sequence[Batch], weight: float, reseed: Callable[[int], object]
+        self,
+        objective: Any,
+        batches: Sequence[Batch],
+        weight: float,
+        reseed: Callable[[int], object],
+        spare: Batch | None,
+        least: int,
     ) -> list[Tensor]:
-        """All passes of a step: `layout.Passes`, of a pipeline without replicas."""
-        count = len(batches)
-        if not count:
+        """All passes of a step: `layout.Passes`.
+
+        Args:
+            least: so many micro-batches are computed, for others wait for it.
+        """
+        given = batches or ([spare] if spare is not None and least else [])
+        if not given:
             return []
-        self.batches, self.reseed = levelled(batches, wanted(count, self.section)), reseed
+        count = len(batches)
+        self.batches, self.reseed = levelled(given, wanted(max(count, least), self.section)), reseed
         self.answer = lambda policy, batch: _total(objective, policy, batch)
         totals: list[Tensor] = []
 
         def divided(total: Tensor, micro: Tensor) -> Tensor:
             totals.append(total.detach())
-            return total / weight
+            return total / weight if int(micro) < count else total * 0.0
 
         schedule = self._schedule(len(self.batches), divided)
         began = time.perf_counter()
@@ -101,7 +114,7 @@ class Engine:
         self.ideal[1] += 1
         self.batches = ()
         found = torch.zeros(count, dtype=torch.float64, device=self.parts.device)
-        if self.has_last:
+        if self.has_last and count:
             found.copy_(torch.stack(totals[:count]))
         self.parts.traffic.broadcast(found, self.parts.size - 1)
         return list(found.unbind())
@@ -155,10 +168,9 @@ class Engine:
             return torch.empty(1, dtype=torch.int64, device="meta")
         if stage == self.section.stages - 1:
             return torch.empty((), device="meta")
-        embed = self.policy.model.get_input_embeddings().weight
         shape = tokens, self.policy.config.hidden_size
         is_trained = stage >= self.lowest and torch.is_grad_enabled()
-        return torch.empty(shape, dtype=embed.dtype, device="meta", requires_grad=is_trained)
+        return torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=is_trained)
 
 
 class _Blocks(nn.Module):
@@ -205,7 +217,7 @@ class _Stage(PipelineStage):
         began = time.perf_counter()
         found = super().backward_one_chunk(*args, **kwargs)
         self.engine.busy_seconds += time.perf_counter() - began
-        self.engine.passed()
+        self.engine.passed(self.stage_index)
         return found
 
 
@@ -219,11 +231,9 @@ def spans(blocks: int, stages: int) -> list[Span]:
 
 
 def levelled(batches: Sequence[Batch], count: int) -> list[Batch]:
-    """Micro-batches of one length, as long as the longest, and `count` of them: what is added is not supervised."""
+    """Micro-batches of one length, as long as the longest, and `count` of them: the first stands in for what lacks."""
     tokens = max(batch.ids.numel() for batch in batches)
-    none, labels = batches[0].ids.new_zeros(0), batches[0].labels
-    empty = Batch(none, none, (), none, none, (), None if labels is None else labels[:0])
-    return [_filled(batch, tokens) for batch in (*batches, *[empty] * (count - len(batches)))]
+    return [_filled(batch, tokens) for batch in (*batches, *[batches[0]] * (count - len(batches)))]
 
 
 def idle_share(section: LayoutSection, micro_batches: int) -> float:
@@ -257,9 +267,6 @@ def _filled(batch: Batch, tokens: int) -> Batch:
 
 
 def _total(objective: Any, policy: Any, batch: Batch) -> Tensor:
-    if not objective.weight(batch):
-        nothing: Tensor = policy.hidden(batch).sum() * 0.0
-        return nothing
     total: Tensor = objective.loss(policy if batch.labels is None else _Labelled(policy), batch).total
     return total
 

@@ -44,8 +44,8 @@ class TensorParallel(Parts):
         super().__init__(world, section)
         self._hooks: list[Any] = []
 
-    def adopt(self, tuned: Any) -> Any:
-        """The same with this process's part of every block."""
+    def cut(self, tuned: Any) -> None:
+        """Leaves this process's part of every block."""
         policy = tuned.policy
         finer = self._finer(tuned)
         axes: dict[int, int] = {}
@@ -61,7 +61,6 @@ class TensorParallel(Parts):
                 self.shared.add(name)
         if finer:
             tuned.stored = lambda name, held: self._mine(finer.pop(name, None), self.axes.get(name))
-        return tuned
 
     def close(self) -> None:
         super().close()

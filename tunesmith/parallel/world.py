@@ -46,7 +46,11 @@ class Alone:
 
     def most(self, value: float) -> float:
         """The largest over processes."""
-        return value
+        return self.largest([value])[0]
+
+    def largest(self, values: Sequence[float]) -> list[float]:
+        """The same number by number."""
+        return list(values)
 
     def first(self, made: Callable[[], T]) -> T:
         """What the first process makes, JSON; its errors are everybody's."""
@@ -115,13 +119,14 @@ class World(Alone):
         found: list[float] = held.tolist()
         return found
 
-    def most(self, value: float) -> float:
+    def largest(self, values: Sequence[float]) -> list[float]:
         import torch
         import torch.distributed as dist
 
-        held = torch.tensor([value], dtype=torch.float64, device=self.device)
+        held = torch.tensor(list(values), dtype=torch.float64, device=self.device)
         self.traffic.all_reduce(held, dist.ReduceOp.MAX, kind="control")
-        return float(held)
+        found: list[float] = held.tolist()
+        return found
 
     def first(self, made: Callable[[], T]) -> T:
         answer: dict[str, Any] = {}

@@ -13,7 +13,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tunesmith.parallel.buckets import Bucket
 from tunesmith.parallel.ddp import Split
 from tunesmith.parallel.layout import Held
 from tunesmith.parallel.world import World
@@ -28,24 +27,27 @@ class Zero2(Split):
         self._wanted: dict[int, set[str]] = {}
         self._parts: dict[int, Tensor] = {}
         self._reached: set[str] = set()
-        self._next = 0
+        self._due: dict[int, list[int]] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def hold(self, held: Held) -> dict[str, nn.Parameter]:
         pieces = super().hold(held)
         self._parameters = held.parameters
         self._at = {name: number for number, bucket in enumerate(self.buckets) for name in bucket.spans}
-        self._begin()
+        for turn in {self._turn(number) for number in range(len(self.buckets))}:
+            self._begin(turn)
         for name, parameter in held.parameters.items():
             # after the precision's own hook: then the gradient is the master's
             hook = parameter.register_post_accumulate_grad_hook(partial(self._arrived, name))
             self._hooks.append(hook)
         return pieces
 
-    def passed(self) -> None:
-        while self._next < len(self.buckets):
-            self._send()
-        self._begin()
+    def passed(self, turn: int | None = None) -> None:
+        for ended in sorted(self._due):
+            if turn in (None, ended):
+                for number in self._due[ended]:
+                    self._send(number)
+                self._begin(ended)
 
     def reduce(self, names: Collection[str]) -> set[str]:
         ordered = sorted(names)
@@ -62,9 +64,12 @@ class Zero2(Split):
         for hook in self._hooks:
             hook.remove()
 
-    def _begin(self) -> None:
-        self._next, self._filled = 0, {}
-        self._wanted = {number: set(bucket.spans) for number, bucket in enumerate(self.buckets)}
+    def _turn(self, number: int) -> int:
+        return self.turns.get(next(iter(self.buckets[number].spans)), 0)
+
+    def _begin(self, turn: int) -> None:
+        self._due[turn] = [number for number in range(len(self.buckets)) if self._turn(number) == turn]
+        self._wanted |= {number: set(self.buckets[number].spans) for number in self._due[turn]}
 
     def _arrived(self, name: str, parameter: nn.Parameter) -> None:
         master, number = self.masters[name], self._at[name]
@@ -78,15 +83,12 @@ class Zero2(Split):
         self._reached.add(name)
         self._wanted[number].discard(name)
         # strictly one after the other: all processes must send the same bucket at the same time
-        while self._next < len(self.buckets) and self._is_full(self.buckets[self._next]):
-            self._send()
+        due = self._due[self._turn(number)]
+        while due and due[0] in self._filled and not self._wanted[due[0]]:
+            self._send(due.pop(0))
 
-    def _is_full(self, bucket: Bucket) -> bool:
-        return self._next in self._filled and not self._wanted[self._next]
-
-    def _send(self) -> None:
-        number, bucket = self._next, self.buckets[self._next]
-        self._next += 1
+    def _send(self, number: int) -> None:
+        bucket = self.buckets[number]
         if not any(self._parameters[name].requires_grad for name in bucket.spans):
             return  # of another phase
         first = self.masters[next(iter(bucket.spans))]

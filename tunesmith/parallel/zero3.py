@@ -8,18 +8,18 @@ bits, FSDP2 casts what it gathers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from tunesmith.core.errors import ConfigError
 from tunesmith.models.copies import swaps
-from tunesmith.models.ports import Port, attached_to, ports
+from tunesmith.models.ports import Port, attached_to, held_by, ports
 from tunesmith.models.recompute import Blocks
 from tunesmith.parallel.ddp import refuse_watchers
 from tunesmith.parallel.layout import Held
@@ -44,7 +44,7 @@ class Zero3(Sharded):
             if parameter.dtype in low:
                 start = stored(name, parameter)
                 parameter.data = parameter.data.float() if start is None else start
-        whole = list({id(held): held for held in _held(policy.model)}.values())
+        whole = list({id(held): held for held in held_by(policy.model)}.values())
         root = _Root(policy)
         self._shard(root, policy, MixedPrecisionPolicy(param_dtype=next(iter(low)), reduce_dtype=torch.float32)
                     if low else MixedPrecisionPolicy())  # fmt: skip
@@ -83,19 +83,25 @@ class Zero3(Sharded):
         return [*of_masters, *(piece.grad for piece in self.pieces.values() if piece.grad is not None)]
 
     def _shard(self, root: _Root, policy: Any, precision: MixedPrecisionPolicy) -> None:
-        device = next(iter(_held(policy.model))).device
-        mesh = init_device_mesh(device.type, (self.world.size,))
+        device, group = next(held_by(policy.model)).device.type, self.world.traffic.group
+        mesh = init_device_mesh(device, (self.world.size,)) if group is None else DeviceMesh.from_group(group, device)
+        # other stages of a pipeline have the numbers of these
+        absent = {held for held in held_by(policy.model) if not held.numel()}
         # the root, too, is freed after its forward: what is sent is then the same for all weights
         how: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "reshard_after_forward": True}
-        units: list[nn.Module] = [*_blocks(policy), root]
+        units: list[nn.Module] = [*(block for block in _blocks(policy) if not absent >= {*block.parameters()}), root]
         gather, scatter = CountedAllGather(self.world.traffic), CountedReduceScatter(self.world.traffic)
+        previous: FSDPModule | None = None
         for unit in units:
-            sharded: FSDPModule = fully_shard(unit, **how)  # type: ignore[assignment]
+            sharded: FSDPModule = fully_shard(unit, ignored_params=absent, **how)  # type: ignore[assignment]
             # sums, not means: the loss is divided by the weight of all processes
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
             sharded.set_custom_all_gather(gather)  # type: ignore[arg-type]
             sharded.set_custom_reduce_scatter(scatter)  # type: ignore[arg-type]
+            # torch takes the order of forwards, and in a pipeline others come between
+            sharded.set_modules_to_backward_prefetch([previous or sharded])
+            previous = sharded
 
     @staticmethod
     def _refuse(tuned: Any) -> None:
@@ -143,6 +149,11 @@ class _ShardedPolicy:
         found: Tensor = self._root(self._policy.token_losses, batch)
         return found
 
+    def hidden(self, batch: Any) -> Tensor:
+        # a copy, for what FSDP2 hears its gradient by must not be changed as a view of something else
+        found: Tensor = self._root(lambda batch: self._policy.hidden(batch).clone(), batch)
+        return found
+
     def scores(self, batch: Any) -> Tensor:
         found: Tensor = self._root(self._policy.scores, batch)
         return found
@@ -176,12 +187,6 @@ def _borrows(group: Sequence[Port]) -> bool:
 
 def _heads(model: nn.Module) -> list[nn.Module]:
     return list(attached_to(model).heads.values())
-
-
-def _held(model: nn.Module) -> Iterator[nn.Parameter]:
-    yield from model.parameters()
-    for head in _heads(model):
-        yield from head.parameters()
 
 
 def _places_of(model: nn.Module, wanted: Mapping[str, nn.Parameter]) -> dict[str, tuple[nn.Module, str]]:

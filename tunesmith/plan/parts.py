@@ -75,7 +75,8 @@ class PartsSpread:
     def memory(self, whole: Memory, specs: Sequence[TensorSpec]) -> Memory:
         """What the fullest process holds. Activations of a part of a matrix count as the whole's: an upper bound."""
         data = Spread(self.section.data, self.section.shard)
-        held = [data.memory(self._counted(self.mine(rank, specs)), specs) for rank in range(self.section.parts)]
+        parts = [self.mine(rank, specs) for rank in range(self.section.parts)]
+        held = [data.memory(self._counted(mine), mine) for mine in parts]
         fullest = max(held, key=lambda memory: memory.state_bytes)
         if self.section.pipeline == 1:
             saved = whole.state_bytes - fullest.state_bytes
@@ -102,7 +103,7 @@ class PartsSpread:
     def sent_bytes(self, rank: int, specs: Sequence[TensorSpec]) -> dict[str, int]:
         """Bytes that a part sends in a step, by collective."""
         mine = self.mine(rank, specs)
-        data = Spread(self.section.data, self.section.shard, self.micro_batches)
+        data = Spread(self.section.data, self.section.shard, self.sent_micro_batches)
         sent = data.sent_bytes(self._counted(mine), mine)
         sent["activations"] = self.activations_sent_bytes(rank, specs)
         reduced = round(self._added_up_bytes(mine, specs))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tunesmith.core.errors import CheckpointError, ConfigError, PeerError, ResourceError
-from tunesmith.core.moments import COPIED_BYTES
+from tunesmith.core.moments import COPIED_BYTES, blocks_of
 from tunesmith.kernels.build import made_with
 from tunesmith.train.checkpoint import MEMORY, MOMENTS, WEIGHTS, Checkpoint, Checkpoints, State, read_parts, write_parts
 from tunesmith.train.optim import FIRST, SCALES, SECOND
@@ -171,11 +171,16 @@ class Keeper:
         wholes = {name: kind_of(tensor) for name, tensor in memory.items()}
         parts = {name: whole(tensor) for name, tensor in memory.items() if self.world.is_first or not kept}
         for before, held in kinds.items():
-            for name, (dtype, shape) in self.layout.wholes(held).items():
-                wholes[before + name] = Kind(dtype, shape)
+            # scales lie as the blocks of their codes do
+            is_scale, codes = before.startswith(SCALES), kinds[before.removeprefix(SCALES)]
+            for name, (dtype, shape) in self.layout.wholes({name: codes[name] for name in held}).items():
+                blocks = blocks_of(0, torch.Size(shape).numel())[1]
+                wholes[before + name] = Kind(torch.float32, (blocks,)) if is_scale else Kind(dtype, shape)
             for name, tensor in held.items():
                 if self.layout.keeps(name) or not kept:
-                    parts[before + name] = Part(tensor, wholes[before + name], self.layout.runs(name, tensor))
+                    runs = self.layout.runs(name, codes[name])
+                    runs = [blocks_of(*run) for run in runs] if is_scale else runs
+                    parts[before + name] = Part(tensor, wholes[before + name], runs)
         return wholes, parts
 
     def _read(self, file: str, kinds: Mapping[str, Kind], parts: Mapping[str, Part]) -> None:

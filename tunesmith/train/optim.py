@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tunesmith.core.errors import AdapterError
 
 if TYPE_CHECKING:
+    from tunesmith.parallel.layout import Layout
     from tunesmith.train.apart import Room
     from tunesmith.train.section import TrainSection
 
@@ -125,11 +126,13 @@ def optimizer_for(
     factors: Mapping[str, float],
     matrices: Collection[str] | None = None,
     room: Room | None = None,
+    layout: Layout | None = None,
 ) -> Optimizer:
     """The optimizer that a `train:` section asks for; what it is made of as `AdamW` says.
 
     Args:
         room: where moments are kept apart (`apart.room_for`); None keeps them beside the masters.
+        layout: whose pieces the masters are; None is one process.
     """
     more = {"weight_decay": settings.weight_decay, "lr_factors": factors, "matrices": matrices}
     if room is not None:
@@ -140,5 +143,5 @@ def optimizer_for(
         return AdamW(masters, **more)  # type: ignore[arg-type]
     from tunesmith.train.compact import CompactAdamW
 
-    more |= {"seed": settings.seed}
+    more |= {"seed": settings.seed, "layout": layout}
     return CompactAdamW(masters, settings.optimizer_state, **more)  # type: ignore[arg-type]

@@ -64,7 +64,7 @@ def accumulate(
     if layout.passes is None:
         totals = _one_by_one(objective, policy, taught, weight, precision, layout, reseed, spare, forward, seen)
     else:
-        totals = layout.passes(objective, [batch for _, batch in taught], weight, reseed)
+        totals = layout.passes(objective, [batch for _, batch in taught], weight, reseed, spare)
     # read once a step: an accelerator need not wait for each micro-batch
     values = torch.stack(totals).double().tolist() if totals else []
     wrong = [batch for (_, batch), value in zip(taught, values, strict=True) if not math.isfinite(value)]

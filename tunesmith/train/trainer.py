@@ -153,7 +153,8 @@ class _Run:
         train_only(self.precision.parameters, span.names)
         self.on_phase(span.number)
         pieces = {name: self.pieces[name] for name in span.names}
-        self.optimizer = optimizer_for(pieces, self.settings, self.lr_factors, self.matrices, self.offload.room)
+        given = (self.settings, self.lr_factors, self.matrices, self.offload.room, self.layout)
+        self.optimizer = optimizer_for(pieces, *given)
         return True
 
     def begin(self, resume: bool) -> None:
