@@ -100,6 +100,7 @@ def _one_by_one(
             precision.backward(found.total / weight)
             totals.append(found.total.detach())
             seen.append(found.facts)
+            del found  # with it the nodes of its graph, which would lie between the tensors of the next
         elif layout.in_step and spare is not None:
             precision.backward(objective.loss(policy, spare).total * 0.0)
         layout.passed()
