@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from tunesmith.kernels import lowrank
 from tunesmith.kernels.lowrank import Again, LowRank, Map, maps, plain_maps
 
 TOKENS, INPUTS = 37, 96
@@ -110,3 +112,35 @@ def test_frozen_weights_cost_no_gradient_and_keep_no_input() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
         maps(x, held)
     assert x.data_ptr() not in kept
+
+
+@pytest.mark.parametrize("layout", ["qkv", "two adapters"])
+def test_factors_are_laid_out_once_while_nothing_changes_them(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as laid out each time, and changes between such spans are seen. Kills: a key without the scale,
+    or that outlives the span."""
+    counted = []
+    plain = lowrank._ups
+    monkeypatch.setattr(lowrank, "_ups", lambda *given: counted.append(1) or plain(*given))
+    held, _ = made(layout, torch.float32, trained=False)
+    held = [Map(one.weight, one.bias, tuple(map(as_parameters, one.changes))) for one in held]
+    other = [Map(one.weight, one.bias, tuple(replace(c, scale=2.0) for c in one.changes)) for one in held]
+    x = torch.randn(TOKENS, INPUTS)
+
+    def found() -> list[Tensor]:
+        return [maps(x, both).detach() for both in (held, other, held)]
+
+    apart = found()
+    counted.clear()
+    with lowrank.unchanging():
+        assert all(map(torch.equal, found(), apart))
+        assert len(counted) == 2
+    with torch.no_grad():
+        held[0].changes[0].b.mul_(3)
+    with lowrank.unchanging():
+        now = found()
+    assert all(map(torch.equal, now, found()))
+    assert not torch.equal(now[0], apart[0])
+
+
+def as_parameters(change: LowRank) -> LowRank:
+    return LowRank(torch.nn.Parameter(change.a.detach()), torch.nn.Parameter(change.b.detach()), change.scale)

@@ -18,8 +18,8 @@ import pytest
 import torch
 from tiny_training import TinyTuned, evaluation, lasting, rows, run, settings, stream
 
+from tunesmith.core import switches
 from tunesmith.core.errors import CheckpointError, Stopped
-from tunesmith.core.switches import VARIABLE
 from tunesmith.data.pack import Cursor
 from tunesmith.kernels import build
 from tunesmith.train import checkpoint
@@ -303,7 +303,7 @@ def test_other_kernels_are_warned_about_in_one_line(change, tmp_path, monkeypatc
     before = build.made_with()
     run(tmp_path)
     if change == "a switch":
-        monkeypatch.setenv(VARIABLE, "attention,trim")
+        monkeypatch.setattr(switches, "from_environment", lambda: frozenset({"attention", "trim"}))
     elif change == "no compiler":
         monkeypatch.setattr(build, "library", lambda: None)
     caplog.clear()

@@ -13,7 +13,7 @@ from tiny_models import disturb, tiny_batch, with_exact_norms
 from torch import Tensor, nn
 
 from tunesmith.core.errors import ConfigError
-from tunesmith.core.switches import SAVINGS, VARIABLE, on, without
+from tunesmith.core.switches import SAVINGS, VARIABLE, from_environment, on, without
 from tunesmith.kernels.build import library
 from tunesmith.models import blocks
 from tunesmith.models.policy import Policy
@@ -212,5 +212,6 @@ def test_nothing_below_the_lowest_trainable_place_builds_a_graph(
 
 def test_a_saving_that_does_not_exist_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "attention,trimm")
+    from_environment.cache_clear()
     with pytest.raises(ConfigError, match=r"trimm.*trim"):
         on("attention")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import ref
+
 import pytest
 import torch
 from tiny_training import Row, TinyTuned, collate, rows, run, settings
@@ -153,3 +155,42 @@ def test_no_clipping_at_zero_or_below_the_limit(tmp_path):
         run(tmp_path / str(clip), settings(steps=3, clip=clip), tuned=tuned)
         ends.append(torch.cat([value.detach().flatten() for value in tuned.parameters.values()]))
     assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_room_for_gradients_is_taken_before_passes_that_are_summed(dtype, monkeypatch):
+    """Kills: room for a single pass, which needs it only when its activations are gone; sums that lie elsewhere."""
+    rooms = []
+    plain = Precision.make_room
+
+    def watched(precision):
+        plain(precision)
+        rooms.append({master: room.data_ptr() for master, room in precision._rooms.items()})
+
+    monkeypatch.setattr(Precision, "make_room", watched)
+    for cut in (8, 2):
+        tuned = TinyTuned(dtype=dtype)
+        precision = Precision(tuned.parameters, PLAIN)
+        batches = [collate(rows(8)[at : at + cut]) for at in range(0, 8, cut)]
+        for turn in range(2):
+            accumulate(SFT(), tuned.policy, batches, precision, Single())
+            assert len(rooms) == (0 if cut == 8 else turn + 1)
+            if rooms:
+                assert rooms[-1] == {master: master.grad.data_ptr() for master in precision.masters.values()}
+            precision.clear()
+
+
+def test_the_graph_of_one_pass_is_gone_when_the_next_begins():
+    """Its nodes would lie between the tensors of the next. Kills: a loss that is held until there is another."""
+    tuned, graphs = TinyTuned(), []
+
+    class Watched(SFT):
+        def loss(self, policy, batch):
+            assert all(graph() is None for graph in graphs)
+            found = super().loss(policy, batch)
+            graphs.append(ref(found.total))
+            return found
+
+    precision = Precision(tuned.parameters, PLAIN)
+    accumulate(Watched(), tuned.policy, [collate([row]) for row in rows(3)], precision, Single())
+    assert len(graphs) == 3

@@ -1,7 +1,7 @@
 """Savings that can be switched off one by one, to measure what each is worth or to find out which one is at fault.
 
 None changes a result; they only change time and memory. `TUNESMITH_OFF=attention,trim` in the environment switches
-some off for a whole program, `with without("attention"):` for a part of one.
+some off for a whole program, `with without("attention"):` for a part of one. The environment is read once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _off: ContextVar[frozenset[str]] = ContextVar("tunesmith_off", default=frozenset
 
 def on(name: str) -> bool:
     """Whether a saving is in use. Raises ConfigError where the environment names one that does not exist."""
-    return name not in _off.get() and name not in _from_environment(os.environ.get(VARIABLE, ""))
+    return name not in _off.get() and name not in from_environment()
 
 
 def off() -> list[str]:
@@ -51,8 +51,9 @@ def without(*names: str) -> Iterator[None]:
 
 
 @cache
-def _from_environment(text: str) -> frozenset[str]:
-    return _known([name.strip() for name in text.split(",") if name.strip()]) if text else frozenset()
+def from_environment() -> frozenset[str]:
+    """What the environment switches off. Raises ConfigError as `on` does."""
+    return _known([name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()])
 
 
 def _known(names: Iterable[str]) -> frozenset[str]:

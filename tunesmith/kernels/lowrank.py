@@ -8,6 +8,8 @@ Hu et al. 2021, arXiv 2106.09685, equation 3; the gradients are those of its pro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tunesmith.core.context import holding
 from tunesmith.kernels import products
 from tunesmith.kernels.quantized import dense
 
@@ -43,6 +46,13 @@ class Again:
 
     make: Callable[..., Tensor]
     kept: tuple[Tensor, ...]
+
+
+@contextmanager
+def unchanging() -> Iterator[None]:
+    """Within, no factor that trains changes, so that each is cast and laid out once, whatever the number of passes."""
+    with holding(_laid, {}):
+        yield
 
 
 def maps(x: Tensor, held: Sequence[Map], again: Again | None = None) -> Tensor:
@@ -104,9 +114,8 @@ class _Maps(torch.autograd.Function):
         narrow = down = None
         ups = [torch.zeros(0)] * count
         if layout.changes:
-            down = torch.cat([a.to(x.dtype) for a in factors[::2]])
+            down, ups = _laid_out(layout, factors, x)
             narrow = products.nt(x, down)
-            ups = _ups(layout, factors[1::2], x)
         y = products.nt(
             x,
             [dense(weight) for weight in weights],
@@ -151,6 +160,22 @@ def _of_factors(layout: _Layout, dys: Sequence[Tensor], thin: Tensor, narrow: Te
     for of_a, inner, (index, _, scale) in parts:
         yield of_a
         yield products.tn(dys[index], inner, scale=scale)
+
+
+_Laid = tuple[Tensor, list[Tensor]]
+# what was laid out, with the factors of which: an id says which tensor only as long as that is there
+_laid: ContextVar[dict[tuple[Any, ...], tuple[_Laid, Sequence[Tensor]]] | None] = ContextVar("laid out", default=None)
+
+
+def _laid_out(layout: _Layout, factors: Sequence[Tensor], x: Tensor) -> _Laid:
+    """All A, one below the other, and s B of each map as `_ups` has it, in the dtype of x."""
+    known = _laid.get()
+    if known is None or not all(isinstance(factor, torch.nn.Parameter) for factor in factors):
+        return torch.cat([a.to(x.dtype) for a in factors[::2]]), _ups(layout, factors[1::2], x)
+    key = (x.dtype, layout.outputs, layout.changes, *map(id, factors))
+    if key not in known:
+        known[key] = (torch.cat([a.to(x.dtype) for a in factors[::2]]), _ups(layout, factors[1::2], x)), factors
+    return known[key][0]
 
 
 def _ups(layout: _Layout, factors: Sequence[Tensor], x: Tensor) -> list[Tensor]:

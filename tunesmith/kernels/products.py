@@ -161,13 +161,13 @@ def _ours(rows: int, columns: int, first: Tensor, *others: Tensor | None) -> boo
     """Whether the kernel can take these and is worth calling."""
     if rows < FEWEST or first.dim() != 2 or rows * columns * first.shape[1] < LEAST or not fast(first.dtype):
         return False
-    if not usable(first, *others):
+    there = [one for one in others if one is not None]
+    if not usable(first, *there):
         return False
     flows = torch.is_grad_enabled()
-    for one in (first, *others):
-        if one is not None and (one.dtype is not torch.bfloat16 or not one.numel() or (flows and one.requires_grad)):
-            return False
-    return True
+    return not any(
+        one.dtype is not torch.bfloat16 or not one.numel() or (flows and one.requires_grad) for one in (first, *there)
+    )
 
 
 def _plain_out(out: Tensor | None) -> bool:
@@ -183,10 +183,10 @@ def _product(
 ) -> bool:
     """Runs the kernel; False where it could not."""
     m, n = out.shape
-    pairs, pieces, kept, summed = array("q"), array("q"), [], 0
+    call, pieces, kept, summed = array("q", (by_columns, m, n)), array("q"), [], 0
     for a, weights in (first, second):
         if a is None or not weights:
-            pairs.extend((0, 0, 0, 0))
+            call.extend((0, 0, 0, 0))
             continue
         a, weights = _rows(a), [_rows(one) for one in weights]
         k = a.shape[1]
@@ -195,16 +195,15 @@ def _product(
         if imitating():
             continue
         kept += [a, *weights]  # copies must live until the kernel has run
-        pairs.extend((a.data_ptr(), a.stride(0), k, len(weights)))
+        call.extend((a.data_ptr(), a.stride(0), k, len(weights)))
         pieces.extend(_pieces(weights, k, by_columns))
     worked(2 * m * n * summed)
     if imitating():
         return True
     bias = None if bias is None else bias.contiguous()
-    ends = array("q", (0 if bias is None else bias.data_ptr(), out.data_ptr(), threads()))
-    call = array("q", (by_columns, m, n)) + pairs + ends + pieces
-    failed = kernels.ts_product(call.buffer_info()[0])
-    return not failed
+    call.extend((0 if bias is None else bias.data_ptr(), out.data_ptr(), threads()))
+    call.extend(pieces)
+    return not kernels.ts_product(call.buffer_info()[0])
 
 
 def _gradient(a: Tensor, b: Tensor, out: Tensor, add: bool, scale: float) -> bool:
@@ -225,7 +224,8 @@ def _gradient(a: Tensor, b: Tensor, out: Tensor, add: bool, scale: float) -> boo
 
 def _rows(x: Tensor) -> Tensor:
     """x with contiguous rows, which may lie apart."""
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+    apart, step = x.stride()
+    return x if step == 1 and apart >= x.shape[1] else x.contiguous()
 
 
 def _check(by_columns: int, n: int, k: int, weights: Sequence[Tensor]) -> None:
@@ -244,6 +244,9 @@ def _check(by_columns: int, n: int, k: int, weights: Sequence[Tensor]) -> None:
 
 def _pieces(weights: Sequence[Tensor], k: int, by_columns: int) -> list[int]:
     """What gemm.c calls pieces: address, rows, row stride, width and first column of each."""
+    if len(weights) == 1:
+        (one,) = weights
+        return [one.data_ptr(), one.shape[0], one.stride(0), one.shape[1], 0]
     dense, start = bool(by_columns) or _dense(weights, k), 0
     found: list[int] = []
     for one in weights:

@@ -42,7 +42,9 @@ def largest(prepared: Prepared, policy: Policy, shape: ModelShape) -> tuple[tupl
         counts.append(max(map(len, hands)))
         for hand in hands:
             for place, rows in enumerate(hand):
-                found.setdefault((place > 0, number > 0), []).append(rows)
+                # one process makes room for gradients before it begins, if they are of several (`Precision.make_room`)
+                summed = place > 0 or (len(hand) > 1 and layout.processes == 1)
+                found.setdefault((summed, number > 0), []).append(rows)
     met = [size.most(rows, *place) for place, rows in found.items()]
     return tuple(sorted(met, key=lambda one: -one.size_bytes)), sum(counts) / len(counts)
 

@@ -62,6 +62,8 @@ class Precision:
         self.parameters = dict(parameters)
         self.scaling = LossScale() if section.compute == "fp16" else None
         self.masters: dict[str, nn.Parameter] = {}
+        self._rooms: dict[nn.Parameter, Tensor] = {}  # for gradients that have not come yet
+        self._moved: set[str] = set()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         low = [name for name, parameter in self.parameters.items() if parameter.dtype.itemsize < 4]
         if low and not section.master:
@@ -75,15 +77,32 @@ class Precision:
         rooms = room({name: self.parameters[name].shape for name in own}) if room and own else {}
         for name, parameter in self.parameters.items():
             start = stored(name, parameter) if name in own else None
-            self.masters[name] = self._master(parameter, start, rooms.get(name)) if name in own else parameter
+            self.masters[name] = self._master(name, start, rooms.get(name)) if name in own else parameter
 
-    def _master(self, parameter: nn.Parameter, start: Tensor | None, room: Tensor | None) -> nn.Parameter:
-        value = parameter.detach().float() if start is None else start
+    def make_room(self) -> None:
+        """Takes memory for all gradients at once, before the first of several passes whose gradients are summed.
+
+        Taken one by one in that pass, it would lie between tensors that are freed then, and the larger ones of the next
+        pass would not fit between them.
+        """
+        for name, parameter in self.parameters.items():
+            if parameter.requires_grad:
+                self._rooms[self.masters[name]] = torch.empty_like(self.masters[name])
+                self._move_when_there(name, self.masters[name])
+
+    def _move_when_there(self, name: str, master: nn.Parameter) -> None:
+        if name not in self._moved:
+            self._moved.add(name)
+            hook = partial(_hand_over, self._rooms, master)
+            self._hooks.append(self.parameters[name].register_post_accumulate_grad_hook(hook))
+
+    def _master(self, name: str, start: Tensor | None, room: Tensor | None) -> nn.Parameter:
+        value = self.parameters[name].detach().float() if start is None else start
         if room is not None:
             value = room.copy_(value)
             let_go(value)
         master = nn.Parameter(value, requires_grad=True)
-        self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(_hand_over, master)))
+        self._move_when_there(name, master)
         return master
 
     def backward(self, loss: Tensor) -> None:
@@ -103,6 +122,7 @@ class Precision:
         """Frees all gradients."""
         for tensor in (*self.masters.values(), *self.parameters.values()):
             tensor.grad = None
+        self._rooms.clear()
 
     def close(self) -> None:
         """Leaves the parameters as ordinary ones."""
@@ -111,11 +131,16 @@ class Precision:
             hook.remove()
 
 
-def _hand_over(master: nn.Parameter, parameter: nn.Parameter) -> None:
-    if parameter.grad is None:
+def _hand_over(rooms: dict[nn.Parameter, Tensor], master: nn.Parameter, parameter: nn.Parameter) -> None:
+    """Moves a gradient that has come to where it is summed."""
+    gradient = parameter.grad
+    if gradient is None:
         return
-    if master.grad is None:
-        master.grad = parameter.grad.to(master.device, torch.float32)
-    else:
-        master.grad.add_(parameter.grad.to(master.device))  # promotes: the sum is fp32
-    parameter.grad = None
+    if parameter is not master and master.grad is not None:
+        master.grad.add_(gradient.to(master.device))  # promotes: the sum is fp32
+    elif master in rooms:
+        master.grad = rooms.pop(master).copy_(gradient)
+    elif parameter is not master:
+        master.grad = gradient.to(master.device, torch.float32)
+    if parameter is not master:
+        parameter.grad = None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from tunesmith.core.errors import DataError, DivergedError, ModelError
+from tunesmith.kernels.lowrank import unchanging
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -61,10 +62,13 @@ def accumulate(
         )
     taught = [(micro, batch) for micro, batch in enumerate(batches) if weights[micro]]
     seen: list[Mapping[str, Tensor]] = []
-    if layout.passes is None:
-        totals = _one_by_one(objective, policy, taught, weight, precision, layout, reseed, spare, forward, seen)
-    else:
-        totals = layout.passes(objective, [batch for _, batch in taught], weight, reseed, spare)
+    if len(taught) > 1 and layout.world.size == 1:
+        precision.make_room()
+    with unchanging():
+        if layout.passes is None:
+            totals = _one_by_one(objective, policy, taught, weight, precision, layout, reseed, spare, forward, seen)
+        else:
+            totals = layout.passes(objective, [batch for _, batch in taught], weight, reseed, spare)
     # read once a step: an accelerator need not wait for each micro-batch
     values = torch.stack(totals).double().tolist() if totals else []
     wrong = [batch for (_, batch), value in zip(taught, values, strict=True) if not math.isfinite(value)]
@@ -100,6 +104,7 @@ def _one_by_one(
             precision.backward(found.total / weight)
             totals.append(found.total.detach())
             seen.append(found.facts)
+            del found  # with it the nodes of its graph, which would lie between the tensors of the next
         elif layout.in_step and spare is not None:
             precision.backward(objective.loss(policy, spare).total * 0.0)
         layout.passed()
