@@ -31,6 +31,9 @@ def plan(
     max_length: Annotated[
         bool, typer.Option("--max-length", help="The longest row that fits into --fit, or what is free.")
     ] = False,
+    max_model: Annotated[
+        str, typer.Option("--max-model", metavar="SIZE", help="The largest model of CONFIG's family that fits into it.")
+    ] = "",
     html: Annotated[str, typer.Option("--html", metavar="FILE", help="Write the plan as a page, too.")] = "",
     history: Annotated[
         str, typer.Option("--history", metavar="FOLDER", help="How right the plans of the runs below a folder were.")
@@ -60,6 +63,8 @@ def plan(
     with naming(config):
         if cluster:
             _clusters(wanted, cluster, top, as_json)
+        elif max_model:
+            _largest_model(wanted, max_model, as_json)
         elif max_batch or max_length:
             _largest(wanted, max_length, fit, as_json)
         else:
@@ -119,6 +124,18 @@ def _largest(config: Config, length: bool, size: str, as_json: bool) -> None:
         typer.echo(f"{key}={value} needs {in_bytes(needed)} and fits into {in_bytes(room)}")
     else:
         typer.echo(f"no {key} fits into {in_bytes(room)}: the smallest needs {in_bytes(needed)}")
+
+
+def _largest_model(config: Config, size: str, as_json: bool) -> None:
+    from tunesmith.core.amounts import read_bytes
+    from tunesmith.run.sizing import largest_model, show_largest_model
+
+    found = largest_model(config, read_bytes(size, "--max-model")).as_dict()
+    if as_json:
+        _print_json(found)
+        return
+    for line in show_largest_model(found):
+        typer.echo(line)
 
 
 def _clusters(config: Config, cluster: str, top: int, as_json: bool) -> None:
