@@ -34,6 +34,10 @@ def plan(
     max_model: Annotated[
         str, typer.Option("--max-model", metavar="SIZE", help="The largest model of CONFIG's family that fits into it.")
     ] = "",
+    curve: Annotated[
+        str,
+        typer.Option("--curve", metavar="FOLDER", help="Short runs on 1 to 8 % of the data, in it: is more worth it?"),
+    ] = "",
     html: Annotated[str, typer.Option("--html", metavar="FILE", help="Write the plan as a page, too.")] = "",
     history: Annotated[
         str, typer.Option("--history", metavar="FOLDER", help="How right the plans of the runs below a folder were.")
@@ -63,6 +67,8 @@ def plan(
     with naming(config):
         if cluster:
             _clusters(wanted, cluster, top, as_json)
+        elif curve:
+            _curve(wanted, curve, as_json)
         elif max_model:
             _largest_model(wanted, max_model, as_json)
         elif max_batch or max_length:
@@ -135,6 +141,19 @@ def _largest_model(config: Config, size: str, as_json: bool) -> None:
         _print_json(found)
         return
     for line in show_largest_model(found):
+        typer.echo(line)
+
+
+def _curve(config: Config, folder: str, as_json: bool) -> None:
+    from pathlib import Path
+
+    from tunesmith.run.curving import find_curve, show_curve
+
+    found = find_curve(config, Path(folder)).as_dict()
+    if as_json:
+        _print_json(found)
+        return
+    for line in show_curve(found):
         typer.echo(line)
 
 
