@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.core.switches import without
 from tunesmith.run.largest import judged, largest
 from tunesmith.run.prepare import Prepared
+from tunesmith.run.written import beside, score_bytes, with_written
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from tunesmith.adapt.adapter import Adapter
     from tunesmith.config import Config
     from tunesmith.core.types import Batch
     from tunesmith.models.load import Loaded
+    from tunesmith.models.policy import Policy
     from tunesmith.models.recompute import How, Recompute
     from tunesmith.plan.calibration import Calibration
     from tunesmith.plan.plan import Plan
@@ -39,7 +42,6 @@ def plan_run(
         chosen: what an earlier plan of the run chose to recompute, for `train.recompute: auto`; None chooses now.
     """
     import torch
-    from torch import nn
 
     from tunesmith.models.heads import value_head
     from tunesmith.models.policy import Policy
@@ -69,9 +71,9 @@ def plan_run(
     lengths, share = batch.lengths, batch.targets.numel() / max(1, batch.ids.numel())
     spread = _spread(prepared, shape, loaded.model.dtype.itemsize, lengths, micro_batches)
     policy.value = value_head(loaded, config.train.seed) if config.objective.has_values else None
-    trained = [*adapter.parameters.values(), *(policy.value.parameters() if policy.value is not None else ())]
-    heads = [head for head in (adapter.head, policy.value) if head is not None]
-    model = (nn.ModuleList([loaded.model, *heads]) if heads else loaded.model).train(trains)
+    model, trained = _whole(prepared, adapter, policy)
+    model.train(trains)
+    scoring = score_bytes(prepared, policy)
     speed = (calibration or calibrate(shape, sum(lengths), compute)) if calibrated else None
 
     def made(how: How | Recompute) -> Plan:
@@ -104,6 +106,7 @@ def plan_run(
         )
         spilled = found.memory.offloaded_bytes + offload.spilled_bytes
         found = replace(found, memory=replace(found.memory, offloaded_bytes=spilled))
+        found = with_written(found, prepared, loaded, speed, scoring)
         return spread.applied(found, tensor_specs(model, trained))
 
     # blocks that listen to hooks run as transformers has them (`models.blocks.fits`)
@@ -116,6 +119,16 @@ def plan_run(
             return replace(made(recomputed(config, chosen)), recompute=chosen)
         # the processes share what there is
         return cheapest(made, Blocks(loaded.model, loaded.family).count, room_bytes() // config.layout.processes)
+
+
+def _whole(prepared: Prepared, adapter: Adapter, policy: Policy) -> tuple[nn.Module, list[nn.Parameter]]:
+    """The model with heads and with the adapters that stand beside the one that trains, and what trains."""
+    from torch import nn
+
+    # a list without parameters is none
+    others = [one for one in (adapter.head, policy.value, beside(prepared)) if one]
+    trained = [*adapter.parameters.values(), *(policy.value.parameters() if policy.value is not None else ())]
+    return (nn.ModuleList([policy.model, *others]) if others else policy.model), trained
 
 
 def recomputed(config: Config, chosen: dict[str, Any] | None) -> How | Recompute:
