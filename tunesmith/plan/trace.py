@@ -34,6 +34,9 @@ _CURVED = {
     "silu_backward", "tanh", "exp", "erf", "sigmoid",
 }  # fmt: skip
 _DRAWN = {"bernoulli_", "bernoulli", "native_dropout", "uniform_", "normal_"}
+# from this size on glibc's malloc has a block from the system and gives it back (mallopt(3), M_MMAP_THRESHOLD, whose
+# dynamic upper limit it is); smaller ones stay with the process when they are let go
+MAPPED_BYTES = 32 << 20
 _POINTS = 240  # of a line of memory that is kept
 
 
@@ -46,6 +49,7 @@ class LiveStorages(TorchDispatchMode):
         now_bytes: alive now, without what `release` named.
         peak_bytes: the most alive at once, without what `release` named.
         peak_all_bytes: the most alive at once, with it.
+        mapped_at_peak_bytes: of `peak_bytes`, those in storages of MAPPED_BYTES or more.
         released_bytes: what `release` named; `released_at_peak_bytes` of it when `peak_all_bytes` was reached.
         flops: multiplications and additions of matrix products and attention; one multiply-add is two.
         traffic_bytes: bytes that all other operations read and write.
@@ -57,7 +61,7 @@ class LiveStorages(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now_bytes = self.peak_bytes = self.peak_all_bytes = 0
-        self.released_bytes = self.released_at_peak_bytes = 0
+        self.released_bytes = self.released_at_peak_bytes = self.mapped_at_peak_bytes = self._mapped_bytes = 0
         self.flops = self.traffic_bytes = self.operations = self.curved = self.drawn = 0
         self.line: list[tuple[int, int]] = []
         self._alive: dict[int, weakref.ref[Any]] = {}
@@ -100,7 +104,7 @@ class LiveStorages(TorchDispatchMode):
                 self._see()
             else:
                 self.released_bytes += storage.nbytes()
-            self.now_bytes -= storage.nbytes()
+            self._let_go(storage.nbytes())
 
     def _hold(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -109,11 +113,13 @@ class LiveStorages(TorchDispatchMode):
             return
         self._alive[key] = weakref.ref(storage, partial(self._drop, key, size))
         self.now_bytes += size
+        self._mapped_bytes += size * (size >= MAPPED_BYTES)
         self._see()
 
     def _see(self) -> None:
         self.line.append((self.now_bytes, self.released_bytes))
-        self.peak_bytes = max(self.peak_bytes, self.now_bytes)
+        if self.now_bytes > self.peak_bytes:
+            self.peak_bytes, self.mapped_at_peak_bytes = self.now_bytes, self._mapped_bytes
         if self.now_bytes + self.released_bytes > self.peak_all_bytes:
             self.peak_all_bytes = self.now_bytes + self.released_bytes
             self.released_at_peak_bytes = self.released_bytes
@@ -121,7 +127,11 @@ class LiveStorages(TorchDispatchMode):
     def _drop(self, key: int, size: int, reference: weakref.ref[Any]) -> None:
         if self._alive.get(key) is reference:
             del self._alive[key]
-            self.now_bytes -= size
+            self._let_go(size)
+
+    def _let_go(self, size: int) -> None:
+        self.now_bytes -= size
+        self._mapped_bytes -= size * (size >= MAPPED_BYTES)
 
     def _work(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, produced: list[Tensor]) -> None:
         flops = _flops(func, args, kwargs, out)
@@ -141,6 +151,7 @@ class Traced:
 
     Attributes:
         activations_bytes: the most that forward and backward hold at once, weights and finished gradients aside.
+        mapped_bytes: of these, what is in storages that the allocator gives back at once.
         peak_bytes: the same with finished gradients.
         forward_peak_bytes: the most that the forward holds at once.
         finished_bytes: finished gradients at the peak.
@@ -163,6 +174,7 @@ class Traced:
     tokens: int
     forward_peak_bytes: int = 0
     finished_bytes: int = 0
+    mapped_bytes: int = 0
     curved: int = 0
     drawn: int = 0
     line: tuple[tuple[int, int], ...] = ()
@@ -249,6 +261,7 @@ def measure(model: nn.Module, loss: Callable[[], Tensor], tokens: int, *, wide_g
         tokens=tokens,
         forward_peak_bytes=forward_peak,
         finished_bytes=live.released_at_peak_bytes,
+        mapped_bytes=live.mapped_at_peak_bytes,
         curved=live.curved,
         drawn=live.drawn,
         line=_thinned(live.line),
