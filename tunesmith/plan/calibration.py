@@ -21,11 +21,12 @@ from tunesmith.plan.shape import ModelShape
 if TYPE_CHECKING:
     import torch
 
+    from tunesmith.models.load import Base
     from tunesmith.plan.trace import Traced
 
 log = logging.getLogger(__name__)
 TORCH = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_FORMAT = 6  # of what is measured; other numbers in the cache are of something else
+_FORMAT = 7  # of what is measured; other numbers in the cache are of something else
 _MOST_FLOPS = 4e9  # of one product that is timed: larger ones are cut to fewer tokens
 STREAM_BYTES = 1 << 26  # beyond any cache near a core
 _HEAD_ROWS = 128  # of a chunk of logits
@@ -41,6 +42,7 @@ class Calibration:
         head_flops_per_second: logits, and back.
         curved_seconds, drawn_seconds: for a number made by an exponential or the like, and one drawn at random, beyond
             what its bytes take.
+        expanded_seconds: for a number made of codes, its writing included.
         bytes_per_second: read and written by pointwise operations that work on a micro-batch.
         operation_seconds: cost of starting one operation.
     """
@@ -52,27 +54,36 @@ class Calibration:
     head_flops_per_second: float = 0.0
     curved_seconds: float = 0.0
     drawn_seconds: float = 0.0
+    expanded_seconds: float = 0.0
 
 
 def calibrate(
-    shape: ModelShape, tokens: int, dtype: str = "fp32", *, seconds: float = 1.5, folder: Path | None = None
+    shape: ModelShape,
+    tokens: int,
+    dtype: str = "fp32",
+    *,
+    base: Base = "same",
+    seconds: float = 1.5,
+    folder: Path | None = None,
 ) -> Calibration:
     """Measures this machine, or reads what it measured before for the same sizes, dtype, threads and torch.
 
     Args:
         tokens: of a micro-batch.
         dtype: fp32, bf16 or fp16.
+        base: what frozen maps are held in.
         seconds: how long to measure, about.
         folder: where answers are kept; None is the cache folder.
     """
     import torch
 
     key = key_of(shape, tokens, dtype, torch.get_num_threads(), torch.__version__)
+    key += "" if base == "same" else f" | {base}"
     return Calibration(
         **remembered(
             key,
             [field.name for field in fields(Calibration)],
-            lambda: asdict(_measure(shape, tokens, getattr(torch, TORCH[dtype]), seconds)),
+            lambda: asdict(_measure(shape, tokens, getattr(torch, TORCH[dtype]), base, seconds)),
             folder,
         )
     )
@@ -119,11 +130,12 @@ def step_seconds(traced: Traced, calibration: Calibration, head_flops: float = 0
         + traced.traffic_bytes / calibration.bytes_per_second
         + traced.curved * calibration.curved_seconds
         + traced.drawn * calibration.drawn_seconds
+        + traced.expanded * calibration.expanded_seconds
         + traced.operations * calibration.operation_seconds
     )
 
 
-def _measure(shape: ModelShape, tokens: int, dtype: torch.dtype, seconds: float) -> Calibration:
+def _measure(shape: ModelShape, tokens: int, dtype: torch.dtype, base: Base, seconds: float) -> Calibration:
     import torch
 
     from tunesmith.kernels import products
@@ -178,7 +190,18 @@ def _measure(shape: ModelShape, tokens: int, dtype: torch.dtype, seconds: float)
             operation_seconds=start,
             curved_seconds=max(curved, 1e-12),
             drawn_seconds=max(drawn, 1e-12),
+            expanded_seconds=_expanding(maps[-1][1], base, seconds * 0.1),
         )
+
+
+def _expanding(weight: torch.Tensor, base: Base, seconds: float) -> float:
+    """Seconds of a number that is made of codes."""
+    from tunesmith.kernels.quantized import quantize
+
+    if base == "same":
+        return 1e-12
+    held = quantize(weight, base, weight.dtype)
+    return least(held.dense, seconds) / weight.numel()
 
 
 def operands(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -81,7 +81,6 @@ class Memory:
         gradients_bytes: one number for each trained one.
         optimizer_bytes: moments.
         activations_bytes: the most that forward and backward hold at once for one micro-batch, gradients aside.
-        mapped_bytes: of these, in storages so large that the allocator gives them back when they are let go.
         overhead_bytes: what the process takes before any tensor: interpreter and libraries.
         offloaded_bytes: what waits outside memory (`train.offload`); in no other part, nor in the total.
         peak_bytes: the most that tensors take at one moment. Less than the total when gradients are not yet there
@@ -103,7 +102,6 @@ class Memory:
     phases: dict[str, Parts] = field(default_factory=dict)
     checkpoint_bytes: int = 0
     cache_bytes: int = 0
-    mapped_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -121,7 +119,7 @@ class Memory:
 
         A checkpoint is put together in memory: of its two files, weights and moments, one at a time.
         """
-        working = (self.peak_bytes or self.total_bytes) + round(KEPT_SHARE * (self.activations_bytes - self.mapped_bytes))
+        working = (self.peak_bytes or self.total_bytes) + round(KEPT_SHARE * self.activations_bytes)
         saving = sum(self.phases.get("save", {}).values()) + max(self.optimizer_bytes, self.gradients_bytes)
         return self.overhead_bytes + max(working, saving)
 

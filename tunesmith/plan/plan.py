@@ -207,9 +207,7 @@ def _traced(
     activations, peak = traced.activations_bytes, max(sum(parts.values()) for parts in phases.values())
     return Plan(
         parameters=count_parameters(specs),
-        memory=replace(
-            state, activations_bytes=activations, mapped_bytes=traced.mapped_bytes, peak_bytes=peak, phases=phases
-        ),
+        memory=replace(state, activations_bytes=activations, peak_bytes=peak, phases=phases),
         steps=work.steps,
         tokens=work.tokens,
         flops=round(traced.flops * times),

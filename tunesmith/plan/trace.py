@@ -34,9 +34,6 @@ _CURVED = {
     "silu_backward", "tanh", "exp", "erf", "sigmoid",
 }  # fmt: skip
 _DRAWN = {"bernoulli_", "bernoulli", "native_dropout", "uniform_", "normal_"}
-# from this size on glibc's malloc has a block from the system and gives it back (mallopt(3), M_MMAP_THRESHOLD, whose
-# dynamic upper limit it is); smaller ones stay with the process when they are let go
-MAPPED_BYTES = 32 << 20
 _POINTS = 240  # of a line of memory that is kept
 
 
@@ -49,11 +46,11 @@ class LiveStorages(TorchDispatchMode):
         now_bytes: alive now, without what `release` named.
         peak_bytes: the most alive at once, without what `release` named.
         peak_all_bytes: the most alive at once, with it.
-        mapped_at_peak_bytes: of `peak_bytes`, those in storages of MAPPED_BYTES or more.
         released_bytes: what `release` named; `released_at_peak_bytes` of it when `peak_all_bytes` was reached.
         flops: multiplications and additions of matrix products and attention; one multiply-add is two.
         traffic_bytes: bytes that all other operations read and write.
         curved, drawn: numbers that exponentials and the like give, and those drawn at random: dearer than their bytes.
+        expanded: numbers that were made of codes.
         line: (`now_bytes`, `released_bytes`) each time that a storage was made.
         operations: how many there were, views aside.
     """
@@ -61,8 +58,8 @@ class LiveStorages(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now_bytes = self.peak_bytes = self.peak_all_bytes = 0
-        self.released_bytes = self.released_at_peak_bytes = self.mapped_at_peak_bytes = self._mapped_bytes = 0
-        self.flops = self.traffic_bytes = self.operations = self.curved = self.drawn = 0
+        self.released_bytes = self.released_at_peak_bytes = 0
+        self.flops = self.traffic_bytes = self.operations = self.curved = self.drawn = self.expanded = 0
         self.line: list[tuple[int, int]] = []
         self._alive: dict[int, weakref.ref[Any]] = {}
 
@@ -91,6 +88,10 @@ class LiveStorages(TorchDispatchMode):
         self.flops += flops
         self.operations += 1
 
+    def add_expanded(self, numbers: int) -> None:
+        """Counts numbers that are made of codes."""
+        self.expanded += numbers
+
     def release(self, tensor: Tensor, item_bytes: int = 0) -> None:
         """Counts a storage apart from now on: a gradient that has become one.
 
@@ -104,7 +105,7 @@ class LiveStorages(TorchDispatchMode):
                 self._see()
             else:
                 self.released_bytes += storage.nbytes()
-            self._let_go(storage.nbytes())
+            self.now_bytes -= storage.nbytes()
 
     def _hold(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -113,13 +114,11 @@ class LiveStorages(TorchDispatchMode):
             return
         self._alive[key] = weakref.ref(storage, partial(self._drop, key, size))
         self.now_bytes += size
-        self._mapped_bytes += size * (size >= MAPPED_BYTES)
         self._see()
 
     def _see(self) -> None:
         self.line.append((self.now_bytes, self.released_bytes))
-        if self.now_bytes > self.peak_bytes:
-            self.peak_bytes, self.mapped_at_peak_bytes = self.now_bytes, self._mapped_bytes
+        self.peak_bytes = max(self.peak_bytes, self.now_bytes)
         if self.now_bytes + self.released_bytes > self.peak_all_bytes:
             self.peak_all_bytes = self.now_bytes + self.released_bytes
             self.released_at_peak_bytes = self.released_bytes
@@ -127,11 +126,7 @@ class LiveStorages(TorchDispatchMode):
     def _drop(self, key: int, size: int, reference: weakref.ref[Any]) -> None:
         if self._alive.get(key) is reference:
             del self._alive[key]
-            self._let_go(size)
-
-    def _let_go(self, size: int) -> None:
-        self.now_bytes -= size
-        self._mapped_bytes -= size * (size >= MAPPED_BYTES)
+            self.now_bytes -= size
 
     def _work(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, produced: list[Tensor]) -> None:
         flops = _flops(func, args, kwargs, out)
@@ -151,7 +146,6 @@ class Traced:
 
     Attributes:
         activations_bytes: the most that forward and backward hold at once, weights and finished gradients aside.
-        mapped_bytes: of these, what is in storages that the allocator gives back at once.
         peak_bytes: the same with finished gradients.
         forward_peak_bytes: the most that the forward holds at once.
         finished_bytes: finished gradients at the peak.
@@ -159,7 +153,7 @@ class Traced:
         saved_bytes: alive after the forward: what the backward needs.
         forward_flops, backward_flops: work of each direction.
         traffic_bytes: bytes read and written outside matrix products, both directions.
-        curved, drawn: numbers made by exponentials and the like, and at random, both directions.
+        curved, drawn, expanded: numbers made by exponentials and the like, at random, and of codes, both directions.
         operations: number of operations, both directions.
         tokens: in the micro-batch.
     """
@@ -174,9 +168,9 @@ class Traced:
     tokens: int
     forward_peak_bytes: int = 0
     finished_bytes: int = 0
-    mapped_bytes: int = 0
     curved: int = 0
     drawn: int = 0
+    expanded: int = 0
     line: tuple[tuple[int, int], ...] = ()
 
     @property
@@ -236,7 +230,7 @@ def measure(model: nn.Module, loss: Callable[[], Tensor], tokens: int, *, wide_g
     Args:
         wide_gradients: finished gradients are counted as summed in float32, as the trainer does for masters.
     """
-    with LiveStorages() as live, counted(live.add_flops):
+    with LiveStorages() as live, counted(live.add_flops, live.add_expanded):
         hooks = [
             parameter.register_post_accumulate_grad_hook(lambda found: _release(live, found.grad, 4 * wide_gradients))
             for parameter in model.parameters()
@@ -261,9 +255,9 @@ def measure(model: nn.Module, loss: Callable[[], Tensor], tokens: int, *, wide_g
         tokens=tokens,
         forward_peak_bytes=forward_peak,
         finished_bytes=live.released_at_peak_bytes,
-        mapped_bytes=live.mapped_at_peak_bytes,
         curved=live.curved,
         drawn=live.drawn,
+        expanded=live.expanded,
         line=_thinned(live.line),
     )
 

@@ -74,7 +74,7 @@ def plan_run(
     model, trained = _whole(prepared, adapter, policy)
     model.train(trains)
     scoring = score_bytes(prepared, policy)
-    speed = (calibration or calibrate(shape, sum(lengths), compute)) if calibrated else None
+    speed = (calibration or calibrate(shape, sum(lengths), compute, base=config.precision.base)) if calibrated else None
 
     def made(how: How | Recompute) -> Plan:
         policy.recompute(how)
