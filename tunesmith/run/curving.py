@@ -24,6 +24,7 @@ from tunesmith.run.sweep_files import drop_checkpoints
 from tunesmith.run.trials import Trial, carry_out
 
 SHARES, SEEDS = (0.01, 0.02, 0.04, 0.08), 2
+MISSED = 3  # times the deviation between seeds, from which on runs do not lie on the curve
 FEWEST_ROWS = 8  # of the smallest share
 _SIZES = ("rank", "size", "length")
 
@@ -64,6 +65,17 @@ class Answer:
         return self.curve.gain(float(self.curve.tokens.max()))
 
     @property
+    def between_seeds(self) -> float:
+        """Deviation of the losses of one share."""
+        apart = [
+            one["loss"] - other["loss"]
+            for place, one in enumerate(self.runs)
+            for other in self.runs[place + 1 :]
+            if one["share"] == other["share"] and not (one["wide"] or other["wide"])
+        ]
+        return (sum(gap * gap for gap in apart) / (2 * max(1, len(apart)))) ** 0.5
+
+    @property
     def worth(self) -> str:
         """data, parameters, or neither where the runs do not tell them apart."""
         data, size = self.more_data, self.doubled
@@ -85,6 +97,7 @@ class Answer:
                 "twice_the_data": asdict(self.more_data),
                 "twice_the_parameters": self.doubled and asdict(self.doubled),
             },
+            "between_seeds": self.between_seeds,
             "worth": self.worth,
         }
 
@@ -165,7 +178,13 @@ def show_curve(found: dict[str, Any]) -> list[str]:
         "parameters": "more trained numbers are worth more than more data",
         "neither": "neither is clearly worth more than the other",
     }
-    return [*lines, worth[found["worth"]]]
+    lines.append(worth[found["worth"]])
+    if curve["noise"] > MISSED * found["between_seeds"]:
+        lines.append(
+            f"warning: the runs do not lie on such a curve: seeds of a share are {found['between_seeds']:.4f} apart; "
+            "the smallest may be too short to learn (more rows, or a smaller tokens_per_step)"
+        )
+    return lines
 
 
 def _estimate(found: dict[str, float]) -> str:
