@@ -155,7 +155,8 @@ def speed(config: Config) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as folder:
         shape, tokens = read_shape(resolve(config.model)), config.train.micro_batch_tokens or 1024
-        return asdict(calibrate(shape, tokens, precision.resolve(config.precision), folder=Path(folder)))
+        compute = precision.resolve(config.precision)
+        return asdict(calibrate(shape, tokens, compute, base=config.precision.base, folder=Path(folder)))
 
 
 def main() -> None:

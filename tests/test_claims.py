@@ -33,6 +33,13 @@ BY_HAND = {
     "gpt2-medium-adapter-l-r6": 368_784,
     "gpt2-medium-adapter-l-r224": 11_089_152,
     "gpt2-medium-adapter-h": 48 * (2 * 1024 * 112 + 112 + 1024),
+    "gpt2-medium-prefix-layer": 24 * 7 * 2 * 1024,
+    "gpt2-large-prefix-layer": 36 * 8 * 2 * 1280,
+    "roberta-base-adapter-d-s16": 12 * (2 * 768 * 16 + 16 + 768),
+    "roberta-base-adapter-d-s48": 12 * (2 * 768 * 48 + 48 + 768),
+    "roberta-large-adapter-p-s60": 24 * (2 * 1024 * 60 + 60 + 1024),
+    "roberta-large-adapter-h-s60": 48 * (2 * 1024 * 60 + 60 + 1024),
+    "gpt3-devices": 53,
     "gpt2-medium-top2": 25_192_448,
     "roberta-base-lora": 12 * 2 * 8 * 2 * 768,
     "roberta-large-lora": 24 * 2 * 8 * 2 * 1024,
@@ -40,7 +47,9 @@ BY_HAND = {
     "lora-512x64": 4096 + 512,
     "t5-xxl-prompt": 20_480,
 }  # fmt: skip
-DISAGREE = {"gpt2-medium-lora", "gpt2-large-lora", "gpt3-prefix-layer", "gpt3-bitfit", "gpt2-medium-adapter-h"}
+DISAGREE = {"gpt2-medium-lora", "gpt2-large-lora", "gpt3-prefix-layer", "gpt3-bitfit", "gpt2-medium-adapter-h"} | {
+    "gpt2-medium-prefix-layer", "gpt2-large-prefix-layer", "gpt3-devices", "llama-months",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,17 @@ from tunesmith.core.errors import ConfigError
 from tunesmith.plan.bill import bill
 from tunesmith.plan.cluster import Cluster, ClusterSection
 from tunesmith.plan.data_need import Need, show_need
-from tunesmith.plan.fit import Planned, fit, show_fit
+from tunesmith.plan.fit import Planned, fit, shards, show_fit
 from tunesmith.plan.history import history_of, interval, show_history
 from tunesmith.run.placing import read_cluster
 
 CONFIG = {
     "method": {"kind": "lora", "rank": 8},
-    "train": {"micro_batch_tokens": 1024, "micro_batch_rows": None, "recompute": "none", "optimizer_state": "fp32"},
+    "train": {"micro_batch_tokens": 1024, "micro_batch_rows": None, "recompute": "none", "optimizer_state": "fp32"}
+    | {"offload": "none", "stop": None},
     "precision": {"base": "same"},
     "data": {"max_length": 512},
+    "layout": {"data": 1, "tensor": 1, "pipeline": 1, "shard": "none"},
 }
 
 
@@ -32,6 +34,7 @@ def planned(changes) -> Planned:
     base = {"same": 100, "int8": 50, "nf4": 25}[settings.get("precision.base", "same")]
     rank = settings.get("method.rank", 8)
     moments = {"fp32": 40, "bf16": 20, "int8": 10}[settings.get("train.optimizer_state", "fp32")] * rank // 8
+    moments //= {"none": 1, "zero1": 2, "zero2": 4, "zero3": 8}[settings.get("layout.shard", "none")]
     return Planned(tuple(changes), base + moments + int(tokens * again), 10 / again, 10)
 
 
@@ -162,3 +165,28 @@ def test_sizes_are_read_as_people_write_them():
     assert [read_bytes(text, "") for text in ("24GB", "1.5 GiB", "800mb", "12")] == [24 * 10**9, 3 << 29, 8 * 10**8, 12]
     with pytest.raises(ConfigError, match="no amount of memory"):
         read_bytes("many", "--fit")
+
+
+def test_the_bill_of_this_machine_is_time_times_what_was_said_of_it():
+    """Half an hour of 65 W. Kills: watts of each process; energy where nobody knows the watts."""
+    from tunesmith.plan.bill import local_bill, show_local_bill
+
+    found = local_bill(1800, 8.64e19, 2, 65.0, 0.4)
+    assert (found.device_hours, found.petaflops_days) == (1.0, 1.0)
+    assert found.kilowatt_hours == pytest.approx(0.0325)
+    assert found.co2_kilograms == pytest.approx(0.0325 * 0.385)
+    assert found.price == pytest.approx(0.2)
+    unknown = local_bill(1800, 8.64e19, 1, None, None)
+    assert unknown.kilowatt_hours is None
+    assert "unknown" in show_local_bill(unknown.as_dict())
+
+
+def test_several_processes_may_hold_parts_where_that_is_not_refused():
+    """Kills: layouts for one process; zero3 of a base in codes, which is refused."""
+    assert not shards(CONFIG)
+    two = {**CONFIG, "layout": {**CONFIG["layout"], "data": 2, "shard": "zero1"}}
+    assert [dict(change.settings)["layout.shard"] for change in shards(two)] == ["zero2", "zero3"]
+    coded = {**two, "precision": {"base": "nf4"}}
+    assert [dict(change.settings)["layout.shard"] for change in shards(coded)] == ["zero2"]
+    found = fit({**two, "layout": {**two["layout"], "shard": "none"}}, 1150, planned).as_dict()
+    assert {"layout.shard": "zero2"} in [option["settings"] for option in found["options"]]

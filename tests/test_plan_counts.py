@@ -131,6 +131,7 @@ def test_frozen_weights_take_their_own_bytes_and_nothing_else():
         "gradients_bytes": 40,
         "optimizer_bytes": 80,
         "activations_bytes": 0,
+        "cache_bytes": 0,
         "offloaded_bytes": 0,
         "total_bytes": 2160,
         "peak_bytes": 2160,

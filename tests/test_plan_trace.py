@@ -159,3 +159,22 @@ def test_freezing_saves_the_gradient_of_weights_and_nothing_else():
     # nothing below q, k, v of the first block wants a gradient, nor what A of q and v reads
     entry = 2 * 64 * (3 * 32 * 32 + 2 * 2 * 32)
     assert traced.flops == planned - entry
+
+
+def test_numbers_made_of_codes_are_counted_and_take_their_time(tmp_path):
+    """Forward, and backward for each map that hands a gradient down. Kills: counting them once, or as bytes."""
+    from tunesmith.plan.calibration import Calibration, step_seconds
+
+    def traced(base):
+        loaded = meta(saved_model("llama", tmp_path), base=base)
+        policy = Policy(loaded, LoRA(rank=2, targets=("q",)).attach(loaded).route).train()
+        return trace(policy.model, lambda batch: policy.token_losses(batch).sum(), [24, 20])
+
+    plain, coded = traced("same"), traced("nf4")
+    numbers = 3 * (4 * 32 * 32 + 3 * 32 * 88)
+    assert plain.expanded == 0
+    assert numbers < coded.expanded <= 2 * numbers
+    speed = Calibration(1e9, 1e9, 0.0)
+    with_codes = Calibration(1e9, 1e9, 0.0, expanded_seconds=1e-9)
+    took = step_seconds(coded, with_codes) - step_seconds(coded, speed)
+    assert took == pytest.approx(coded.expanded * 1e-9)

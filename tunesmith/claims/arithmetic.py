@@ -12,6 +12,7 @@ _ENERGY, _ZERO = "CS839 training: energy of five models", "CS685 fine-tuning: Ze
 _COST, _DDP = "CS685 fine-tuning: cost of a 3B model", "CS224N lecture 12: data parallel"
 _NEED, _TYPES = "Instruction finetuning: memory table", "Instruction finetuning: data types"
 _TOKENS, _HALF = "Instruction finetuning: Chinchilla table", "CS224N lecture 12: half precision"
+_SCALE, _SUNK = "CS839 training: training at scale", "CSE585 post-training: sparse upcycling"
 _GLUE, _LIMA = "CSE585 post-training, LoRA: GLUE table, averages", "CSE585 post-training: LIMA"
 
 # average input and output tokens of LIMA's training examples, by source: how many, in, out
@@ -38,6 +39,28 @@ def _state(parameters: int, of: str = "state_bytes") -> Callable[[], int]:
         return memory.master_bytes + memory.optimizer_bytes if of == "adam" else int(getattr(memory, of))
 
     return count
+
+
+def _in_float32(parameters: int) -> Callable[[], int]:
+    """Bytes of training in 32 bits: weights, gradients and AdamW as the planner counts them, and the 8 bytes a
+    parameter that the table has for activations and what is temporary."""
+
+    def count() -> int:
+        from tunesmith.plan.memory import TensorSpec, count_memory
+
+        return count_memory([TensorSpec("model", (parameters,), 4, trainable=True)]).state_bytes + 8 * parameters
+
+    return count
+
+
+def _devices(parameters: int, gigabytes: int) -> Callable[[], int]:
+    """How many devices of that memory hold what training in 32 bits takes."""
+    return lambda: -(-_in_float32(parameters)() // (gigabytes * 10**9))
+
+
+def _months(gpu_hours: int, gpus: int) -> Callable[[], Fraction]:
+    """Of 365.25 / 12 days."""
+    return lambda: Fraction(gpu_hours, gpus) / (Fraction(36525, 1200) * 24)
 
 
 def _zero(shard: Shard) -> Callable[[], int]:
@@ -128,6 +151,9 @@ NOTES = {
     "energy-llama-65b": "cut, not rounded",
     "memory-1b-training": "at the 24 bytes a parameter of the same table",
     "memory-175b-training": "at the 24 bytes a parameter of the same table; 7000 GB would be 40",
+    "gpt3-devices": "at the 24 bytes a parameter of the same table; its own 7000 GB would take 88",
+    "llama-months": "2048 GPUs at the GPU-hours of its four models; 5 months are of the whole development",
+    "palm-work": "6 x 540 B parameters x 780 B tokens (Chowdhery et al. 2022)",
     "cost-3b-adam": "master weights and two moments, 12 bytes a parameter",
     "pi-fp32": "the slide shows the float nearest to 3.141592",
     "fp16-smallest": "the slide lost the minus and the base: 2^-14",
@@ -151,9 +177,12 @@ ARITHMETIC = (
     Claim("carbon-llama-13b", _ENERGY, "23", _T, _carbon(135_168)),
     Claim("carbon-llama-33b", _ENERGY, "90", _T, _carbon(530_432)),
     Claim("carbon-llama-65b", _ENERGY, "173", _T, _carbon(1_022_362)),
+    Claim("llama-months", _SCALE, "5", "months", _months(82_432 + 135_168 + 530_432 + 1_022_362, 2048)),
+    Claim("palm-work", _SUNK, "2000", "ZFLOP", lambda: Fraction(6 * 540 * 780 * 10**18, 10**21)),
     Claim("memory-1b-weights", _NEED, "4 G", _GB, lambda: 4 * 10**9),
-    Claim("memory-1b-training", _NEED, "80 G", _GB, lambda: (4 + 8 + 4 + 8) * 10**9),
-    Claim("memory-175b-training", _NEED, "7000 G", _GB, lambda: (4 + 8 + 4 + 8) * 175 * 10**9),
+    Claim("memory-1b-training", _NEED, "80 G", _GB, _in_float32(10**9)),
+    Claim("memory-175b-training", _NEED, "7000 G", _GB, _in_float32(175 * 10**9)),
+    Claim("gpt3-devices", _NEED, "200", "A100 of 80 GB", _devices(175 * 10**9, 80)),
     Claim("fp32-exponent", _TYPES, "8", "bits", _bits("float32", "exponent")),
     Claim("fp32-fraction", _TYPES, "23", "bits", _bits("float32", "fraction")),
     Claim("fp16-exponent", _TYPES, "5", "bits", _bits("float16", "exponent")),

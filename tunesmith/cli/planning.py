@@ -31,6 +31,19 @@ def plan(
     max_length: Annotated[
         bool, typer.Option("--max-length", help="The longest row that fits into --fit, or what is free.")
     ] = False,
+    max_model: Annotated[
+        str, typer.Option("--max-model", metavar="SIZE", help="The largest model of CONFIG's family that fits into it.")
+    ] = "",
+    curve: Annotated[
+        str,
+        typer.Option("--curve", metavar="FOLDER", help="Short runs on 1 to 8 % of the data, in it: is more worth it?"),
+    ] = "",
+    watts: Annotated[
+        float | None, typer.Option("--watts", min=0.1, help="What this machine takes, for the energy of the run.")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option("--price-per-hour", min=0.0, help="What an hour of it costs, for the run's price.")
+    ] = None,
     html: Annotated[str, typer.Option("--html", metavar="FILE", help="Write the plan as a page, too.")] = "",
     history: Annotated[
         str, typer.Option("--history", metavar="FOLDER", help="How right the plans of the runs below a folder were.")
@@ -60,14 +73,19 @@ def plan(
     with naming(config):
         if cluster:
             _clusters(wanted, cluster, top, as_json)
+        elif curve:
+            _curve(wanted, curve, as_json)
+        elif max_model:
+            _largest_model(wanted, max_model, as_json)
         elif max_batch or max_length:
             _largest(wanted, max_length, fit, as_json)
         else:
-            _plan(wanted, fit, html, as_json)
+            _plan(wanted, fit, html, (watts, price), as_json)
 
 
-def _plan(config: Config, size: str, html: str, as_json: bool) -> None:
+def _plan(config: Config, size: str, html: str, costs: tuple[float | None, float | None], as_json: bool) -> None:
     from tunesmith.core.amounts import read_bytes
+    from tunesmith.plan.bill import local_bill, show_local_bill
     from tunesmith.plan.fit import show_fit
     from tunesmith.plan.room import free_bytes
     from tunesmith.plan.show import show_plan
@@ -79,6 +97,8 @@ def _plan(config: Config, size: str, html: str, as_json: bool) -> None:
     free, prepared = free_bytes(), prepare(config)
     found: Plan = plan_run(prepared)
     made = {**found.as_dict(), **_more(prepared, found)}
+    if found.seconds is not None:
+        made["bill"] = local_bill(found.seconds, found.flops, config.layout.processes, *costs).as_dict()
     # what instead, whenever it does not fit
     if room is not None or found.memory.resident_bytes > free:
         made["fit"] = fit_run(config, room or free, prepared, found).as_dict()
@@ -93,6 +113,8 @@ def _plan(config: Config, size: str, html: str, as_json: bool) -> None:
 
     console = Console(highlight=False)
     console.print(show_plan(made))
+    if "bill" in made:
+        console.print(show_local_bill(made["bill"]), soft_wrap=True)
     for line in show_fit(made["fit"]) if "fit" in made else []:
         console.print(line, soft_wrap=True)
 
@@ -119,6 +141,31 @@ def _largest(config: Config, length: bool, size: str, as_json: bool) -> None:
         typer.echo(f"{key}={value} needs {in_bytes(needed)} and fits into {in_bytes(room)}")
     else:
         typer.echo(f"no {key} fits into {in_bytes(room)}: the smallest needs {in_bytes(needed)}")
+
+
+def _largest_model(config: Config, size: str, as_json: bool) -> None:
+    from tunesmith.core.amounts import read_bytes
+    from tunesmith.run.sizing import largest_model, show_largest_model
+
+    found = largest_model(config, read_bytes(size, "--max-model")).as_dict()
+    if as_json:
+        _print_json(found)
+        return
+    for line in show_largest_model(found):
+        typer.echo(line)
+
+
+def _curve(config: Config, folder: str, as_json: bool) -> None:
+    from pathlib import Path
+
+    from tunesmith.run.curving import find_curve, show_curve
+
+    found = find_curve(config, Path(folder)).as_dict()
+    if as_json:
+        _print_json(found)
+        return
+    for line in show_curve(found):
+        typer.echo(line)
 
 
 def _clusters(config: Config, cluster: str, top: int, as_json: bool) -> None:

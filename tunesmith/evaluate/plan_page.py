@@ -9,8 +9,8 @@ from tunesmith.core.amounts import in_bytes, in_count, in_time
 from tunesmith.evaluate import plots
 from tunesmith.evaluate.report import render_page
 
-PARTS = ("weights", "master", "optimizer", "gradients", "activations")
-_TITLES = {"master": "master weights", "optimizer": "optimizer state"}
+PARTS = ("weights", "master", "optimizer", "gradients", "activations", "cache")
+_TITLES = {"master": "master weights", "optimizer": "optimizer state", "cache": "keys and values"}
 _WIDTH = 45  # places of the picture for a phase in which nothing moves
 Parts = Mapping[str, int]
 
@@ -24,7 +24,7 @@ def plan_page(title: str, plan: dict[str, Any], line: Sequence[Parts], layouts: 
         layouts: a name, and bytes by part of one of its processes.
     """
     memory = plan["memory"]
-    shown = [name for name in PARTS if memory[f"{name}_bytes"]]
+    shown = [name for name in PARTS if memory.get(f"{name}_bytes")]
     largest = max((sum(parts.values()) for _, parts in layouts), default=0)
     page = {
         "title": title,
@@ -51,7 +51,7 @@ def _timeline(phases: Mapping[str, Parts], line: Sequence[Parts], shown: Sequenc
     places: list[Parts] = [phases["load"]] * _WIDTH
     marks = [(0, "load"), (len(places), "one micro-batch")]
     places += line
-    for name in ("step", "evaluate", "save"):
+    for name in ("step", "write", "score", "evaluate", "save"):
         if name in phases:
             marks.append((len(places), name))
             places += [phases[name]] * _WIDTH

@@ -85,6 +85,7 @@ def _stand_ins() -> tuple[type, ...]:
 
 _DENSE = (Tensor, torch.nn.Parameter)
 _work: ContextVar[Callable[[int], None] | None] = ContextVar("tunesmith_work", default=None)
+_expanded: ContextVar[Callable[[int], None] | None] = ContextVar("tunesmith_expanded", default=None)
 _imitating: ContextVar[bool] = ContextVar("tunesmith_imitating", default=False)
 
 
@@ -101,9 +102,10 @@ def imitating() -> bool:
 
 
 @contextmanager
-def counted(add: Callable[[int], None]) -> Iterator[None]:
-    """Tells `add` of the work of kernels within, in floating-point operations of products and attention."""
-    with holding(_work, add):
+def counted(add: Callable[[int], None], expand: Callable[[int], None]) -> Iterator[None]:
+    """Tells `add` of the work of kernels within, in floating-point operations of products and attention, and `expand`
+    of the numbers that are made of codes."""
+    with holding(_work, add), holding(_expanded, expand):
         yield
 
 
@@ -112,6 +114,13 @@ def worked(flops: int) -> None:
     add = _work.get()
     if add is not None:
         add(flops)
+
+
+def expanded(numbers: int) -> None:
+    """Tells who counts that so many numbers were made of codes."""
+    expand = _expanded.get()
+    if expand is not None:
+        expand(numbers)
 
 
 class Functions:

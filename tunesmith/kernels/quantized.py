@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from tunesmith.kernels import codes, products
+from tunesmith.kernels.build import expanded
 
 Kind = Literal["bf16", "int8", "nf4"]
 _FORMATS: dict[str, tuple[Callable[..., dict[str, Tensor]], Callable[..., Tensor]]] = {
@@ -57,6 +58,7 @@ class Quantized(Tensor):
 
     def dense(self) -> Tensor:
         """Its numbers, an ordinary tensor."""
+        expanded(self.numel())
         return _FORMATS[self.kind][1](self.parts, self.shape, self.dtype)
 
     def with_parts(self, change: Callable[[Tensor], Tensor]) -> Quantized:

@@ -56,6 +56,12 @@ def decoder_of(model: Any, route: Route | None) -> Decoder | None:
     return Decoder(model, acting, route)
 
 
+def may_pack(model: nn.Module) -> bool:
+    """Whether there is memory for a model's weights laid out anew."""
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return size < _PACKED_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _is_steady(base: Any) -> bool:
     """Whether a token is turned by its position alone, and sees nothing that comes after it."""
     kinds = getattr(base.rotary_emb, "rope_type", "default")
@@ -129,8 +135,7 @@ class Decoder:
         self.kinds = [form.table_of(one) for one in attentions]
         tables = form.tables(self.base, torch.empty(1, 1, 1), torch.zeros(1, 1, dtype=torch.int64))
         self.turned = {kind: cos.shape[1] for kind, (cos, _) in tables.items()}
-        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        self.may_pack = size < _PACKED_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        self.may_pack = may_pack(model)
         self.blocks = [_Block(layer, self) for layer in self.base.layers]
         self.norm, self.head = Norm(self.base.norm, self), Product([model.get_output_embeddings()], self)
         inner = [product for block in self.blocks for product in (block.qkv, block.o, block.both, block.down)]

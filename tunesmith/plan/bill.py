@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tunesmith.plan.cluster import Cluster
+from tunesmith.plan.cluster import KG_CO2_PER_KWH, Cluster
 from tunesmith.plan.data_need import PETAFLOPS_DAY
 
 
@@ -56,6 +56,36 @@ def bill(cluster: Cluster, steps: int, step_seconds: float, mfu: float) -> Bill:
         co2_kilograms=None if energy is None else energy * cluster.kg_co2_per_kwh,
         price=None if cluster.price_per_hour is None else hours * cluster.devices * cluster.price_per_hour,
     )
+
+
+def local_bill(seconds: float, flops: float, processes: int, watts: float | None, price: float | None) -> Bill:
+    """Of a run on machines that are there.
+
+    Args:
+        seconds: of the run, in `processes` processes at once.
+        watts: of all of them together, as measured at the plug or as the maker says; None where nobody knows.
+        price: of an hour of all of them; None for none.
+    """
+    hours = seconds / 3600
+    energy = None if watts is None else watts / 1000 * hours
+    return Bill(
+        seconds=seconds,
+        device_hours=hours * processes,
+        petaflops_days=flops / PETAFLOPS_DAY,
+        kilowatt_hours=energy,
+        co2_kilograms=None if energy is None else energy * KG_CO2_PER_KWH,
+        price=None if price is None else hours * price,
+    )
+
+
+def show_local_bill(found: dict[str, Any]) -> str:
+    """One line for people, of `Bill.as_dict()`."""
+    if found["kilowatt_hours"] is None:
+        told = "energy: unknown; --watts says what this machine takes"
+    else:
+        told = f"energy: {found['kilowatt_hours']:,.3g} kWh, {found['co2_kilograms']:,.3g} kg of CO2"
+        told += f" at {KG_CO2_PER_KWH} kg a kWh"
+    return told if found["price"] is None else f"{told}; a price of {found['price']:,.2f}"
 
 
 def show_bill(found: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from tunesmith.plan.links import Link
 
 # of a device's memory, for tensors: the rest is the driver's, the libraries' and what the allocator cannot use
 ROOM = 0.9
+KG_CO2_PER_KWH = 0.385  # the average of the United States (Touvron et al. 2023, arXiv 2302.13971, section 6)
 
 
 class NodeSection(Section):
@@ -57,7 +58,7 @@ class ClusterSection(Section):
     compute_efficiency: float = Field(default=0.6, gt=0, le=1)
     link_efficiency: float = Field(default=0.8, gt=0, le=1)
     pue: float = Field(default=1.1, ge=1)
-    kg_co2_per_kwh: float = Field(default=0.385, ge=0)
+    kg_co2_per_kwh: float = Field(default=KG_CO2_PER_KWH, ge=0)
     price_per_hour: float | None = Field(default=None, ge=0)
 
 

@@ -69,7 +69,9 @@ def _device(
 PRESETS: dict[str, DeviceSection] = {
     device.name: device
     for device in (
-        #       name        TFLOP/s  GB  GB/s of memory, watts (the sheets' limit), node, network
+        #       name        TFLOP/s  GB  GB/s of memory, watts at the limit, node, network
+        # watts of a100, h100, h200, b200: data sheets compared at hmc-tech.com/gpus; of rtx-4090: NVIDIA's FAQ of its
+        # 40 series, as t3.com reports it; of rtx-3090: techbloat.com; all others from memory, unverified
         # NVIDIA A100 data sheet, SXM: 312 dense; NVLink 600 GB/s both ways; DGX A100: 200 Gb/s a GPU
         _device("a100-40gb", 312.0, 40.0, 1555.0, 400.0, 300.0, 25.0),
         _device("a100", 312.0, 80.0, 2039.0, 400.0, 300.0, 25.0),

@@ -115,7 +115,7 @@ def fit(config: dict[str, Any], room: int, plan: Callable[[Sequence[Change]], Pl
         return Fitted(room, now)
     sizes, again = micro_batches(config), recomputations(config)
     found = [option for more in [None, *again] if (option := _largest(sizes, more, (), room, plan))]
-    others = [*roundings(config), *results(config)]
+    others = [*shards(config), *roundings(config), *results(config)]
     found += [option for change in others if (option := plan((change,))).needed_bytes <= room]
     if found:
         return Fitted(room, now, tuple(sorted(found, key=lambda one: (one.cost, one.slower_than(now)))))
@@ -144,6 +144,18 @@ def recomputations(config: Settings) -> list[Change]:
     kinds = ["none", "selective", "full"]
     now = kinds.index(config["train"]["recompute"]) if config["train"]["recompute"] in kinds else 0
     return [Change((("train.recompute", kind),), TIME, f"recompute {kind}") for kind in kinds[now + 1 :]]
+
+
+def shards(config: Settings) -> list[Change]:
+    """More of what several processes hold split between them; the result stays as it is. What is refused there
+    (`parallel.limits`) is left out."""
+    layout, train, kinds = config["layout"], config["train"], ["none", "zero1", "zero2", "zero3"]
+    if layout["data"] == 1 or layout["tensor"] * layout["pipeline"] > 1 or train["offload"] != "none":
+        return []
+    more = kinds[kinds.index(layout["shard"]) + 1 :]
+    if config["precision"]["base"] != "same" or train["stop"]:
+        more = [kind for kind in more if kind != "zero3"]
+    return [Change((("layout.shard", kind),), TIME, f"{kind} over {layout['data']} processes") for kind in more]
 
 
 def roundings(config: Settings) -> list[Change]:

@@ -86,8 +86,9 @@ class Memory:
         peak_bytes: the most that tensors take at one moment. Less than the total when gradients are not yet there
             while activations are; equal to it where that is not known.
         phases: bytes by part when tensors take most in each phase, where that is known: load, forward, backward, step,
-            save, and evaluate where there is one.
+            save; evaluate, write and score where there are any.
         checkpoint_bytes: what a checkpoint has of this process.
+        cache_bytes: keys and values of answers that are written together; at other moments than activations.
     """
 
     weights_bytes: int
@@ -100,11 +101,12 @@ class Memory:
     offloaded_bytes: int = 0
     phases: dict[str, Parts] = field(default_factory=dict)
     checkpoint_bytes: int = 0
+    cache_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All parts at their largest, without the overhead of the process."""
-        return self.state_bytes + self.activations_bytes
+        return self.state_bytes + self.activations_bytes + self.cache_bytes
 
     @property
     def state_bytes(self) -> int:
@@ -129,6 +131,7 @@ class Memory:
             "gradients_bytes": self.gradients_bytes,
             "optimizer_bytes": self.optimizer_bytes,
             "activations_bytes": self.activations_bytes,
+            "cache_bytes": self.cache_bytes,
             "offloaded_bytes": self.offloaded_bytes,
             "total_bytes": self.total_bytes,
             "peak_bytes": self.peak_bytes or self.total_bytes,

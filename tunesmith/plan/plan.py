@@ -83,6 +83,7 @@ class Plan:
         exact_activations: they were traced through the model rather than estimated from its shape.
         recompute: what is computed again in the backward, where that was chosen (`choice.Choice`); else None.
         layout: processes and what each sends, where there are several (`spread.Spread`); memory is then of one.
+        writing: {tokens, rows_at_once, seconds} of completions that the run learns from, part of the work; else None.
         line: bytes by part while the fullest micro-batch runs, for a picture; not in plan.json.
     """
 
@@ -95,6 +96,7 @@ class Plan:
     exact_activations: bool = False
     recompute: dict[str, Any] | None = None
     layout: dict[str, Any] | None = None
+    writing: dict[str, Any] | None = None
     line: tuple[Parts, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -109,6 +111,7 @@ class Plan:
             "activations": "traced" if self.exact_activations else "estimated",
             "recompute": self.recompute,
             "layout": self.layout,
+            "writing": self.writing,
         }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from tunesmith.core.errors import ConfigError, ModelError, did_you_mean
 from tunesmith.core.files import read_json
 
-_KEYS = {
+KEYS = {
     "n_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
     "d_model": ("hidden_size", "n_embd", "d_model", "dim"),
     "d_mlp": ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim"),
@@ -100,8 +100,8 @@ def read_shape(source: Mapping[str, Any] | Path | str) -> ModelShape:
     config, where = _config(source)
     config = {**config, **config.get("text_config", {})} if isinstance(config.get("text_config"), dict) else config
     family = str(config.get("model_type", ""))
-    found = {name: _number(config, keys) for name, keys in _KEYS.items()}
-    missing = [_KEYS[name][0] for name in ("n_layers", "d_model", "n_heads", "vocab") if not found[name]]
+    found = {name: _number(config, keys) for name, keys in KEYS.items()}
+    missing = [KEYS[name][0] for name in ("n_layers", "d_model", "n_heads", "vocab") if not found[name]]
     if missing:
         raise ModelError(f"the config says nothing of {', '.join(missing)}", where=where)
     d_model, n_heads = found["d_model"] or 0, found["n_heads"] or 0

@@ -20,9 +20,10 @@ _PARTS = (
     ("gradients", "gradients_bytes", "magenta"),
     ("optimizer", "optimizer_bytes", "yellow"),
     ("activations", "activations_bytes", "green"),
+    ("keys and values", "cache_bytes", "red"),
 )
 
-PHASES = ("load", "forward", "backward", "step", "evaluate", "save")
+PHASES = ("load", "write", "score", "forward", "backward", "step", "evaluate", "save")
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
@@ -33,13 +34,13 @@ def show_plan(plan: dict[str, Any], width: int = 36) -> RenderableType:
     from rich.text import Text
 
     memory = plan["memory"]
-    largest = max((memory[key] for _, key, _ in _PARTS), default=0)
+    largest = max((memory.get(key, 0) for _, key, _ in _PARTS), default=0)
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_column()
     for name, key, colour in _PARTS:
-        if memory[key]:
+        if memory.get(key):
             table.add_row(name, in_bytes(memory[key]), Text(bar(memory[key], largest, width), style=colour))
     table.add_row("total", Text(in_bytes(memory["total_bytes"]), style="bold"), Text(_notes(plan), style="dim"))
     lines = [choice_line(plan["recompute"])] if plan.get("recompute") else []
@@ -117,6 +118,10 @@ def _work(plan: dict[str, Any]) -> str:
     parts = [f"{plan['steps']:,} steps", f"{plan['tokens']:,} tokens", f"{in_count(plan['flops'])}FLOP"]
     if plan.get("seconds") is not None:
         parts.append(f"about {in_time(plan['seconds'])} on this machine")
+    writing = plan.get("writing")
+    if writing:
+        took = "" if writing["seconds"] is None else f", {in_time(writing['seconds'])} of that time"
+        parts.append(f"up to {writing['tokens']:,} tokens written, {writing['rows_at_once']} rows at once{took}")
     likely = plan.get("likely")
     if likely and likely["seconds"]:
         low, high = map(in_time, likely["seconds"])

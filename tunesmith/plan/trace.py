@@ -50,6 +50,7 @@ class LiveStorages(TorchDispatchMode):
         flops: multiplications and additions of matrix products and attention; one multiply-add is two.
         traffic_bytes: bytes that all other operations read and write.
         curved, drawn: numbers that exponentials and the like give, and those drawn at random: dearer than their bytes.
+        expanded: numbers that were made of codes.
         line: (`now_bytes`, `released_bytes`) each time that a storage was made.
         operations: how many there were, views aside.
     """
@@ -58,7 +59,7 @@ class LiveStorages(TorchDispatchMode):
         super().__init__()
         self.now_bytes = self.peak_bytes = self.peak_all_bytes = 0
         self.released_bytes = self.released_at_peak_bytes = 0
-        self.flops = self.traffic_bytes = self.operations = self.curved = self.drawn = 0
+        self.flops = self.traffic_bytes = self.operations = self.curved = self.drawn = self.expanded = 0
         self.line: list[tuple[int, int]] = []
         self._alive: dict[int, weakref.ref[Any]] = {}
 
@@ -86,6 +87,10 @@ class LiveStorages(TorchDispatchMode):
         """Counts work of a kernel that is no operation of torch's."""
         self.flops += flops
         self.operations += 1
+
+    def add_expanded(self, numbers: int) -> None:
+        """Counts numbers that are made of codes."""
+        self.expanded += numbers
 
     def release(self, tensor: Tensor, item_bytes: int = 0) -> None:
         """Counts a storage apart from now on: a gradient that has become one.
@@ -148,7 +153,7 @@ class Traced:
         saved_bytes: alive after the forward: what the backward needs.
         forward_flops, backward_flops: work of each direction.
         traffic_bytes: bytes read and written outside matrix products, both directions.
-        curved, drawn: numbers made by exponentials and the like, and at random, both directions.
+        curved, drawn, expanded: numbers made by exponentials and the like, at random, and of codes, both directions.
         operations: number of operations, both directions.
         tokens: in the micro-batch.
     """
@@ -165,6 +170,7 @@ class Traced:
     finished_bytes: int = 0
     curved: int = 0
     drawn: int = 0
+    expanded: int = 0
     line: tuple[tuple[int, int], ...] = ()
 
     @property
@@ -224,7 +230,7 @@ def measure(model: nn.Module, loss: Callable[[], Tensor], tokens: int, *, wide_g
     Args:
         wide_gradients: finished gradients are counted as summed in float32, as the trainer does for masters.
     """
-    with LiveStorages() as live, counted(live.add_flops):
+    with LiveStorages() as live, counted(live.add_flops, live.add_expanded):
         hooks = [
             parameter.register_post_accumulate_grad_hook(lambda found: _release(live, found.grad, 4 * wide_gradients))
             for parameter in model.parameters()
@@ -251,6 +257,7 @@ def measure(model: nn.Module, loss: Callable[[], Tensor], tokens: int, *, wide_g
         finished_bytes=live.released_at_peak_bytes,
         curved=live.curved,
         drawn=live.drawn,
+        expanded=live.expanded,
         line=_thinned(live.line),
     )
 

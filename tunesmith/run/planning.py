@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.core.switches import without
 from tunesmith.run.largest import judged, largest
 from tunesmith.run.prepare import Prepared
+from tunesmith.run.written import beside, score_bytes, with_written
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from tunesmith.adapt.adapter import Adapter
     from tunesmith.config import Config
     from tunesmith.core.types import Batch
     from tunesmith.models.load import Loaded
@@ -60,7 +62,8 @@ def plan_run(
 class _Traced:
     """The model of a run with all that trains beside it, on the meta device, and what it meets."""
 
-    config: Config
+    prepared: Prepared
+    loaded: Loaded
     policy: Policy
     model: nn.Module
     trained: list[nn.Parameter]
@@ -68,6 +71,7 @@ class _Traced:
     work: Workload
     spread: Any
     speed: Calibration | None
+    scoring: int  # bytes
 
     def plan(self, how: How | Recompute) -> Plan:
         """Where so much is computed again."""
@@ -77,7 +81,7 @@ class _Traced:
         from tunesmith.plan.plan import make_plan
         from tunesmith.train.offload import Offload
 
-        config, policy = self.config, self.policy
+        config, policy = self.prepared.config, self.policy
         policy.recompute(how)
         offload = Offload(config.train.offload, policy, torch.device("cpu"), Path(config.out))
 
@@ -98,12 +102,11 @@ class _Traced:
         )
         spilled = found.memory.offloaded_bytes + offload.spilled_bytes
         found = replace(found, memory=replace(found.memory, offloaded_bytes=spilled))
+        found = with_written(found, self.prepared, self.loaded, self.speed, self.scoring)
         return self.spread.applied(found, tensor_specs(self.model, self.trained))
 
 
 def _traced(prepared: Prepared, loaded: Loaded, calibrated: bool, calibration: Calibration | None) -> _Traced:
-    from torch import nn
-
     from tunesmith.models.heads import value_head
     from tunesmith.models.policy import Policy
     from tunesmith.plan.calibration import calibrate
@@ -120,11 +123,14 @@ def _traced(prepared: Prepared, loaded: Loaded, calibrated: bool, calibration: C
     work, micro_batches = _work(prepared, policy, shape)
     spread = _spread(prepared, shape, loaded.model.dtype.itemsize, work.lengths, micro_batches)
     policy.value = value_head(loaded, config.train.seed) if config.objective.has_values else None
-    heads = [head for head in (adapter.head, policy.value) if head is not None]
-    model = (nn.ModuleList([loaded.model, *heads]) if heads else loaded.model).train(trains)
-    trained = [*adapter.parameters.values(), *(policy.value.parameters() if policy.value is not None else ())]
-    speed = (calibration or calibrate(shape, work.micro_tokens, resolve(config.precision))) if calibrated else None
-    return _Traced(config, policy, model, trained, shape, work, spread, speed)
+    model, trained = _whole(prepared, adapter, policy)
+    model.train(trains)
+    scoring = score_bytes(prepared, policy)
+    speed = None
+    if calibrated:
+        compute = resolve(config.precision)
+        speed = calibration or calibrate(shape, work.micro_tokens, compute, base=config.precision.base)
+    return _Traced(prepared, loaded, policy, model, trained, shape, work, spread, speed, scoring)
 
 
 def _work(prepared: Prepared, policy: Policy, shape: ModelShape) -> tuple[Workload, float]:
@@ -140,6 +146,16 @@ def _work(prepared: Prepared, policy: Policy, shape: ModelShape) -> tuple[Worklo
     predicts = config.objective.predicts
     work = Workload(totals.steps, totals.tokens, batch.lengths, share, predicts, passes, met, held_out)
     return work, micro_batches
+
+
+def _whole(prepared: Prepared, adapter: Adapter, policy: Policy) -> tuple[nn.Module, list[nn.Parameter]]:
+    """The model with heads and with the adapters that stand beside the one that trains, and what trains."""
+    from torch import nn
+
+    # a list without parameters is none
+    others = [one for one in (adapter.head, policy.value, beside(prepared)) if one]
+    trained = [*adapter.parameters.values(), *(policy.value.parameters() if policy.value is not None else ())]
+    return (nn.ModuleList([policy.model, *others]) if others else policy.model), trained
 
 
 def recomputed(config: Config, chosen: dict[str, Any] | None) -> How | Recompute:
