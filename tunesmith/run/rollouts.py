@@ -79,10 +79,16 @@ class Rollouts:
         self.rewards = [reward for reward in rewards if not isinstance(reward, Trained)]
         self.models = RewardModels(loaded, [reward for reward in rewards if isinstance(reward, Trained)])
         self.seed, self.updates = prepared.config.train.seed, objective.passes * objective.parts
+        self.kl = torch.tensor(objective.kl, dtype=torch.float64)
         self.kept = Kept(folder / "rollouts", prepared.config.train, self.updates)
         self.minibatches: Minibatches = []
         self.shown: list[Rollout] = []
         self.writing_cpu_seconds = 0.0
+
+    @property
+    def memory(self) -> dict[str, Tensor]:
+        """What changes from rollout to rollout, for checkpoints."""
+        return {"objective.kl": self.kl} if self.objective.adapts else {}
 
     def stream(self, cursor: Cursor) -> Iterator[Turn]:
         """The updates from a cursor on, with prompts for rows; completions are written when an update begins."""
@@ -103,6 +109,7 @@ class Rollouts:
             self.minibatches = self._made([prompt for rows in step.micro_batches for prompt in rows], step.place)
             facts = self._facts() | {"rollout_seconds": round(time.monotonic() - began, 6)}
             facts["writing_cpu_seconds"] = round(self.writing_cpu_seconds, 6)
+            facts |= self._adapted()
             if self.updates > 1:
                 self.kept.write(number, self.minibatches)
         elif not self.minibatches:
@@ -116,9 +123,21 @@ class Rollouts:
         laid = [cut(some, self.prepared.sizes) for some in _parts(written, share)]
         known = {one.number: one for batches in laid for rows in batches for one in self._known(rows)}
         judged = [_judged(known[number]) for number in range(len(written))]
-        credits_ = [credit for group in self.objective.credit(_parts(judged, count)) for credit in group]
+        objective = self.objective.model_copy(update={"kl": self.kl.item()})
+        credits_ = [credit for group in objective.credit(_parts(judged, count)) for credit in group]
         done = [replace(known[number], **vars(credit)) for number, credit in enumerate(credits_)]
         return [[[done[one.number] for one in rows] for rows in batches] for batches in laid]
+
+    def _adapted(self) -> Record:
+        """The weight of the divergence that this rollout was judged with; it is then that of the next."""
+        if not self.objective.adapts:
+            return {}
+        facts = {"kl_weight": self.kl.item()}
+        every = [one for batches in self.minibatches for rows in batches for one in rows]
+        apart = sum(float((one.old - one.reference).double().sum()) for one in every)  # type: ignore[operator]
+        now = self.objective.model_copy(update={"kl": self.kl.item()})
+        self.kl.fill_(now.adapted(apart / sum(one.actions for one in every)))
+        return facts
 
     def _written(self, prompts: Sequence[Prompt], place: Cursor) -> list[Rollout]:
         """The completions of each prompt, one prompt after the other, rewarded."""
@@ -163,9 +182,14 @@ class Rollouts:
         found = (self.prepared.train.prompt(*place) for place in self.prepared.train.places())
         prompts = list(islice((prompt for prompt in found if isinstance(prompt, Prompt)), most))
         text = Counter(prompt.dialogue.completion for prompt in prompts).most_common(1)[0][0].strip()
-        said = [self._document(prompt, text) for prompt in prompts] if self.models.routes else []
-        earned = sum(self.verified(prompt, text) for prompt in prompts) + sum(self.models.scores(self.policy, said))
-        return {"text": text, "reward": earned / len(prompts)}
+        return {"text": text, "reward": self.earned(prompts, [text] * len(prompts))}
+
+    def earned(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> float:
+        """The mean reward of texts that were not drawn here, one for each prompt."""
+        pairs = list(zip(prompts, texts, strict=True))
+        said = [self._document(prompt, text) for prompt, text in pairs] if self.models.routes else []
+        scores = self.models.scores(self.policy, said)
+        return (sum(self.verified(prompt, text) for prompt, text in pairs) + sum(scores)) / len(pairs)
 
     def verified(self, prompt: Prompt, text: str) -> float:
         """What a completion earns of all rewards but those of models."""
