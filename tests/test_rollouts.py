@@ -23,7 +23,7 @@ from tunesmith.train import trainer
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "grpo": {"kind": "grpo", "group": 4, "kl": 0.1, "iterations": 2},
-    "ppo": {"kind": "ppo", "epochs": 2, "minibatches": 2},
+    "ppo": {"kind": "ppo", "epochs": 2, "minibatches": 2, "kl_target": 0.01},
 }
 ASIDE = ("_seconds", "_per_second", "_bytes")
 
@@ -154,6 +154,41 @@ def test_a_run_that_is_cut_off_goes_on_bit_for_bit(
             run(asked)
     assert len(records(folder / f"broken-{kind}")) < 6
     assert lasting(run(asked, resume=True)) == whole
+
+
+def test_the_weight_of_the_divergence_moves_between_rollouts(folder: Path) -> None:
+    """By the nats a token that the rollout was away. Kills: one that moves within a rollout; another rollout's nats."""
+    rollouts, policy = started(folder, OBJECTIVES["ppo"], "adapts")
+    steps, weights = rollouts.stream(Cursor()), []
+    for number in range(1, 10):
+        _, facts = rollouts(next(steps), number)
+        weights += [facts["kl_weight"]] if "kl_weight" in facts else []
+        if number == 4:
+            with torch.no_grad():
+                [one.normal_(0, 0.1) for one in policy.model.parameters() if one.requires_grad]
+        if number == 5:
+            every = [one for batches in rollouts.minibatches for rows in batches for one in rows]
+            apart = sum((one.old - one.reference).sum().item() for one in every) / sum(one.actions for one in every)
+    assert weights[:2] == [0.05, 0.05 * (1 - 0.1 * 0.2)]
+    wanted = weights[1] * (1 + 0.1 * min(max(apart / 0.01 - 1, -0.2), 0.2))
+    assert weights[2] == pytest.approx(wanted, rel=1e-9)
+    assert rollouts.memory["objective.kl"].item() != weights[2]
+
+
+def test_held_out_answers_earn_what_they_are_worth(folder: Path) -> None:
+    """Kills: rewards of drawn answers, of other rows, or with the judge's prompts and the run's answers."""
+    train = {"steps": 2, "rows_per_step": 2, "lr": 0.02}
+    (folder / "held.jsonl").write_text(
+        '{"prompt": "name four", "answer": "four"}\n{"prompt": "say ten", "answer": "x"}\n'
+    )
+    data = {"train": str(folder / "rows.jsonl"), "eval": str(folder / "held.jsonl")}
+    judged = {"metrics": ["exact_match"], "every": 1, "generate": 6}
+    done = run(config(folder, {"kind": "grpo", "group": 2, "kl": 0.0}, "held", train=train, data=data, evaluate=judged))
+    found = records(done)
+    assert all("eval_reward" in record and "eval_exact_match" in record for record in found)
+    written = [json.loads(line)["tuned"] for line in (done / "samples.jsonl").read_text().splitlines()]
+    assert found[-1]["eval_reward"] == pytest.approx(sum(sum(c in "aeiou" for c in text) / 8 for text in written) / 2)
+    assert "Held-out reward" in (done / "report.html").read_text()
 
 
 @pytest.mark.slow

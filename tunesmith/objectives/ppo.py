@@ -101,7 +101,7 @@ class PPO(Sampled):
         return earned
 
     def loss(self, policy: Policy, batch: Batch) -> Mean:
-        """Sum over actions of -min(r A, clamp(r) A), the clipped squared error of the values, and `kl` if it is here."""
+        """Sum over actions of -min(r A, clamp(r) A), the values' clipped squared error, and the divergence if asked."""
         import torch
 
         from tunesmith.core.types import Mean

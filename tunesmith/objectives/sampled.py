@@ -194,7 +194,7 @@ def ratio_shares(logprobs: Tensor, old: Tensor) -> dict[str, Tensor]:
 
     ratio = (logprobs.detach() - old).exp()
     places = torch.bucketize(ratio, torch.tensor(EDGES, device=ratio.device, dtype=ratio.dtype))
-    return dict(zip(RATIOS, places.bincount(minlength=len(RATIOS)), strict=True))
+    return {name: (places == place).sum() for place, name in enumerate(RATIOS)}
 
 
 def divergence(logprobs: Tensor, reference: Tensor) -> Tensor:
