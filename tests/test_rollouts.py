@@ -30,7 +30,11 @@ ASIDE = ("_seconds", "_per_second", "_bytes")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("policy")
+    return filled(tmp_path_factory.mktemp("policy"))
+
+
+def filled(found: Path) -> Path:
+    """A folder with a model, prompts and a reward."""
     tiny_folder(found / "model")
     rows = [{"prompt": f"name {word}", "answer": word} for word in ("red", "green", "blue", "one", "two", "three")]
     (found / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -167,7 +171,7 @@ def test_the_weight_of_the_divergence_moves_between_rollouts(folder: Path) -> No
             with torch.no_grad():
                 [one.normal_(0, 0.1) for one in policy.model.parameters() if one.requires_grad]
         if number == 5:
-            every = [one for batches in rollouts.minibatches for rows in batches for one in rows]
+            every = [one for rows in rollouts.minibatches for one in rows]
             apart = sum((one.old - one.reference).sum().item() for one in every) / sum(one.actions for one in every)
     assert weights[:2] == [0.05, 0.05 * (1 - 0.1 * 0.2)]
     wanted = weights[1] * (1 + 0.1 * min(max(apart / 0.01 - 1, -0.2), 0.2))
@@ -241,7 +245,7 @@ def test_kept_rollouts_come_back_and_damage_is_noticed(folder: Path) -> None:
     rollouts(next(iter(rollouts.stream(Cursor()))), 1)
     kept = Kept(folder / "kept" / "rollouts", rollouts.prepared.config.train, 4)
     for ours, theirs in zip(rollouts.minibatches, kept.read(1), strict=True):
-        one, other = rollouts.collate(ours[0]), rollouts.collate(theirs[0])
+        one, other = rollouts.collate(ours), rollouts.collate(theirs)
         assert torch.equal(one.ids, other.ids)
         assert all(torch.equal(value, getattr(other.actions, name)) for name, value in vars(one.actions).items())
     [path] = (folder / "kept" / "rollouts").iterdir()

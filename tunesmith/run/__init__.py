@@ -230,9 +230,10 @@ def _carry_out(ready: _Ready, folder: RunFolder, resume: bool, before: bool, lib
     if config.objective.samples:
         from tunesmith.run.rollouts import Rollouts
 
-        rollouts = Rollouts(prepared, loaded, policy, judge.received, folder.path)
-        folder.record(constant=rollouts.constant())
+        rollouts = Rollouts(prepared, loaded, policy, judge.received, folder.path, layout.data)
         judge.earned = rollouts.earned
+        if is_first:
+            folder.record(constant=rollouts.constant())
     result = _train(ready, folder, adapter, policy, resume, rollouts)
     weights = layout.whole(layout.pieces) if layout.in_parts else {}
     if not is_first:
