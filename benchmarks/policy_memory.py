@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -67,17 +68,47 @@ def started(kind: str, *more: str) -> dict[str, int]:
 
 def peak(options: argparse.Namespace) -> dict[str, int]:
     """What two updates of a kind have taken."""
-    from benchmarks.turns import live_storages
     from tunesmith.config import build_config
     from tunesmith.run import run
     from tunesmith.train.log import peak_bytes
 
-    with tempfile.TemporaryDirectory() as held, live_storages() if options.count else nullcontext() as live:
+    with tempfile.TemporaryDirectory() as held, counted() if options.count else nullcontext() as live:
         config = build_config(settings(options, Path(held)))
         lines = (run(config, before=False) / "metrics.jsonl").read_text().splitlines()
     tokens = max(int(step["tokens"]) for step in map(json.loads, lines))
-    counted = {} if live is None else {"tensor_bytes": int(live.peak_all_bytes)}
-    return {"tokens": tokens, "resident_bytes": peak_bytes(), **counted}
+    tensors = {} if live is None else {"tensor_bytes": int(live.peak_all_bytes)}
+    return {"tokens": tokens, "resident_bytes": peak_bytes(), **tensors}
+
+
+def counted() -> Any:
+    """Counts live tensors, and packed weights, which have no storage that torch could show, with them."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    from tunesmith.plan.trace import LiveStorages
+
+    class Counted(LiveStorages):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not any(is_packed(leaf) for leaf in tree_leaves((args, kwargs))) and "mkldnn" not in str(func):
+                return super().__torch_dispatch__(func, types, args, kwargs)
+            out = func(*args, **(kwargs or {}))
+            for leaf in tree_leaves(out):
+                if is_packed(leaf):
+                    size = leaf.numel() * leaf.element_size()
+                    self.now_bytes += size
+                    self._see()
+                    weakref.finalize(leaf, self._gone, size)
+                elif isinstance(leaf, torch.Tensor):
+                    self._hold(leaf)
+            return out
+
+        def _gone(self, size: int) -> None:
+            self.now_bytes -= size
+
+    def is_packed(leaf: Any) -> bool:
+        return isinstance(leaf, torch.Tensor) and leaf.layout is torch._mkldnn
+
+    return Counted()
 
 
 def settings(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ def test_each_sign_of_trouble_is_told_and_health_is_not() -> None:
     """Kills: a warning that is always there, or never."""
     assert signs([]) == signs(records()) == {}
     assert set(signs(records(kl=[0.1] * 6 + [3.0] * 6))) == {"kl"}
+    assert signs(records(kl=[0.1] * 9 + [400.0, 0.1, 0.1])) == {}
     assert set(signs(records(completion_tokens=[20.0] * 6 + [60.0] * 6))) == {"length"}
     assert set(signs(records(equal_groups=[1.0]))) == {"equal"}
     falls = [{"eval_exact_match": value} for value in (50.0, 55.0, 30.0, 31.0)]

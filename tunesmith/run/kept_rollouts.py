@@ -57,6 +57,13 @@ class Rollout:
         """Tokens of the completion."""
         return sum(self.example.supervised)
 
+    @property
+    def nats_apart(self) -> float:
+        """How much likelier it was than under the reference, where both are known."""
+        assert self.old is not None
+        assert self.reference is not None
+        return float((self.old - self.reference).double().sum())
+
 
 _TENSORS = ("old", "reference", "values", "advantages", "returns")
 
