@@ -13,6 +13,8 @@ from tiny_folders import tiny_folder
 from tunesmith.config import Config, build_config
 from tunesmith.core.errors import CheckpointError, ConfigError
 from tunesmith.data.pack import Cursor
+from tunesmith.objectives.ppo import PPO, gae
+from tunesmith.objectives.sampled import Written
 from tunesmith.run import rollouts as module
 from tunesmith.run import run
 from tunesmith.run.kept_rollouts import Kept
@@ -161,7 +163,7 @@ def test_a_run_that_is_cut_off_goes_on_bit_for_bit(
 
 
 def test_the_weight_of_the_divergence_moves_between_rollouts(folder: Path) -> None:
-    """By the nats a token that the rollout was away. Kills: one that moves within a rollout; another rollout's nats."""
+    """By the nats a token that the rollout was away. Kills: one that moves within a rollout, or pays nothing."""
     rollouts, policy = started(folder, OBJECTIVES["ppo"], "adapts")
     steps, weights = rollouts.stream(Cursor()), []
     for number in range(1, 10):
@@ -174,6 +176,10 @@ def test_the_weight_of_the_divergence_moves_between_rollouts(folder: Path) -> No
             every = [one for rows in rollouts.minibatches for one in rows]
             apart = sum((one.old - one.reference).sum().item() for one in every) / sum(one.actions for one in every)
     assert weights[:2] == [0.05, 0.05 * (1 - 0.1 * 0.2)]
+    for one in every:
+        written = Written(one.actions, one.reward, one.old, one.reference, one.values)
+        earned = PPO(kl=weights[1]).rewards(written)
+        torch.testing.assert_close(one.returns, gae(earned, one.values, 1.0, 0.95)[1], rtol=1e-6, atol=1e-7)
     wanted = weights[1] * (1 + 0.1 * min(max(apart / 0.01 - 1, -0.2), 0.2))
     assert weights[2] == pytest.approx(wanted, rel=1e-9)
     assert rollouts.memory["objective.kl"].item() != weights[2]
