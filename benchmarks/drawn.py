@@ -74,7 +74,8 @@ class Asked:
 
         self.objective, self.rewards = config.objective, open_rewards(config.objective.reward)
         self.opened = open_model(name, plain=True)
-        self.data, _ = read_data(config.data.eval, config.data, self.opened.codec, "data.eval")
+        limit = self.objective.max_new_tokens
+        self.data, _ = read_data(config.data.eval, config.data, self.opened.codec, "data.eval", answered=limit)
         self.train, _ = read_data(config.data.train, config.data, self.opened.codec, "data.train")
         self.prompts = [self.data.prompt(*place) for place in islice(self.data.places(), rows)]
 

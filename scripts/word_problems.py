@@ -1,7 +1,7 @@
 """Short word problems whose answer is a calculation: python scripts/word_problems.py FOLDER
 
-Each asks for a sum, a difference or a product and is answered with it, as " 14 + 7 = 21". Rows come from a seed alone, and
-no two of them have the same prompt: 100 rows in sft.jsonl, 6,000 in prompts.jsonl, 500 in test.jsonl.
+Each asks for a sum, a difference or a product and is answered with it, as " 14 + 7 = 21". Rows come from a seed alone;
+no two have the same prompt: 100 rows in sft.jsonl, 6,000 in prompts.jsonl, 500 in test.jsonl.
 """
 
 from __future__ import annotations
