@@ -1,7 +1,7 @@
 """Runs of the real program that are killed at random moments and resumed, beside one that is not.
 
-`python tests/killing.py 50` kills fifty times, lora, full and ppo in turn (or what is named behind the number), and prints
-a table; exit 1 where a byte differs.
+`python tests/killing.py 50` kills fifty times, lora, full and ppo in turn, or what is named behind the number, and
+prints a table; exit 1 where a byte differs.
 """
 
 from __future__ import annotations
