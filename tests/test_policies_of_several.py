@@ -70,7 +70,7 @@ def test_two_processes_write_and_learn_what_one_does(folder: Path) -> None:
 @pytest.mark.parametrize("layout", [{"data": 2, "shard": "zero3"}, {"tensor": 2}, {"pipeline": 2}])
 def test_a_layout_without_a_whole_model_cannot_write(folder: Path, layout: dict[str, Any]) -> None:
     """Kills: a run that waits for ever for parameters that another process has."""
-    with pytest.raises(ConfigError, match="grpo writes with a whole model, and this layout has none"):
+    with pytest.raises(ConfigError, match=r"grpo writes with a whole model, and zero3|grpo is not there with"):
         config(folder, OBJECTIVES["grpo"], "none", layout=layout)
 
 
