@@ -1,6 +1,7 @@
 """Runs of the real program that are killed at random moments and resumed, beside one that is not.
 
-`python tests/killing.py 50` kills fifty times, lora and full in turn, and prints a table; exit 1 where a byte differs.
+`python tests/killing.py 50` kills fifty times, lora, full and ppo in turn, or what is named behind the number, and
+prints a table; exit 1 where a byte differs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from warm import Warm
 METHODS = {
     "lora": "method: {kind: lora, rank: 2, targets: [q, v, down], dropout: 0.1}\nprecision: {compute: fp32}\n",
     "full": "method: full\nprecision: {compute: bf16}\n",
+    "ppo": "method: {kind: lora, rank: 2, targets: [q, v, down]}\nprecision: {compute: fp32}\nobjective: {kind: ppo, "
+    "reward: {kind: regex, pattern: '[aeiou]'}, epochs: 2, minibatches: 2, max_new_tokens: 8, kl_target: 0.05}\n",
 }
 SETTINGS = config(
     method=None,
@@ -88,6 +91,7 @@ def results(run: Path) -> dict[str, bytes]:
     """Everything of a finished run that must not depend on when it was killed."""
     newest = max((run / "checkpoints").glob("step-??????"))
     wanted = [*newest.glob("*.safetensors"), newest / "state.json", run / "eval.json", run / "samples.jsonl"]
+    wanted += run.glob("rollouts.jsonl")
     wanted += [file for part in ("adapter", "model") for file in (run / part).glob("*.safetensors")]
     found = {str(file.relative_to(run)): file.read_bytes() for file in sorted(wanted)}
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -184,10 +188,11 @@ def kill_runs(folder: Path, kills: int, seed: int = 0, methods: tuple[str, ...] 
 
 def main() -> None:
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 50
+    methods = tuple(sys.argv[2:]) or tuple(METHODS)
     with tempfile.TemporaryDirectory() as place:
         folder = prepare(Path(place))
         total, bad = 0, 0
-        for cycle in kill_runs(folder, kills, seed=int(time.time())):
+        for cycle in kill_runs(folder, kills, int(time.time()), methods):
             total += len(cycle.kills)
             bad += bool(cycle.differs)
             told = ", ".join(f"{what} at {steps}" for steps, what in cycle.kills) or "never"

@@ -16,7 +16,7 @@ from tunesmith.models.heads import value_head
 from tunesmith.models.policy import Policy
 from tunesmith.objectives.grpo import GRPO
 from tunesmith.objectives.ppo import PPO, VALUE_SHARE, gae, whitened
-from tunesmith.objectives.sampled import Written, divergence, surrogate
+from tunesmith.objectives.sampled import EDGES, RATIOS, Written, divergence, ratio_shares, surrogate
 
 
 class Fixed:
@@ -77,6 +77,45 @@ def test_the_loss_of_ppo_is_that_of_its_paper() -> None:
     actions = Actions(found["a"], found["old"], found["ref"], found["v"], found["r"])
     loss = PPO().loss(Fixed(found["now"], found["w"]), replace(batch, actions=actions))  # type: ignore[arg-type]
     assert loss.total.item() == pytest.approx((-clipped(x, 0.2)).sum() + VALUE_SHARE * value.sum(), rel=1e-12)
+
+
+def test_ppo_has_the_divergence_in_its_loss_where_it_is_asked_to() -> None:
+    """Kills: one that is paid twice, or has no gradient."""
+    batch, found = drawn()
+    batch = replace(batch, actions=Actions(found["a"], found["old"], found["ref"], found["v"], found["r"]))
+    here, there = PPO(kl=0.3, kl_in="loss"), PPO(kl=0.3)
+    k3 = divergence(found["now"], found["ref"]).sum()
+    more = (
+        here.loss(Fixed(found["now"], found["w"]), batch).total
+        - there.loss(Fixed(found["now"], found["w"]), batch).total
+    )  # type: ignore[arg-type]
+    assert more.item() == pytest.approx(0.3 * k3.item(), rel=1e-12)
+    torch.testing.assert_close(
+        *torch.autograd.grad(more, found["now"]),
+        *torch.autograd.grad(0.3 * divergence(found["now"], found["ref"]).sum(), found["now"]),
+    )
+    assert here.rewards(Written(2, 5.0, -torch.ones(2), -2 * torch.ones(2), torch.zeros(2))).tolist() == [0.0, 5.0]
+
+
+def test_the_weight_of_the_divergence_follows_its_target_as_in_the_paper() -> None:
+    """Ziegler et al. 2019, section 2.2. Kills: a sign; an error without a bound, or not relative to the target."""
+    for nats in (0.0, 0.09, 0.1, 0.105, 3.0):
+        error = np.clip((nats - 0.1) / 0.1, -0.2, 0.2)
+        assert PPO(kl=0.7, kl_target=0.1).adapted(nats) == pytest.approx(0.7 * (1 + 0.1 * error), rel=1e-12)
+    assert PPO(kl=0.7).adapted(3.0) == 0.7
+    for wrong in ({"kl": 0.0}, {"kl_in": "loss"}):
+        with pytest.raises(ValueError, match="kl_target moves a kl that is paid in the reward"):
+            PPO(kl_target=0.1, **wrong)
+
+
+def test_every_ratio_is_counted_once() -> None:
+    """Kills: the ratio upside down; a bin that is left out."""
+    _, found = drawn()
+    counts = ratio_shares(found["now"], found["old"])
+    ratio = np.exp(found["now"].detach().numpy() - found["old"].numpy())
+    wanted = np.histogram(ratio, [-np.inf, *EDGES, np.inf])[0]
+    assert [int(counts[name]) for name in RATIOS] == wanted.tolist()
+    assert sum(wanted[:4]) not in (0, sum(wanted[5:]), len(ratio))
 
 
 @pytest.mark.parametrize("objective", [GRPO(kl=0.3), PPO()], ids=["grpo", "ppo"])

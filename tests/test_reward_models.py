@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_preference_runs import config as reward_config
 from test_preference_runs import pairs
-from test_rollouts import config
+from test_rollouts import Crash, config, crashing, lasting
 from tiny_folders import tiny_folder
 from tiny_runs import records
 
@@ -22,6 +22,7 @@ from tunesmith.models.route import BASE
 from tunesmith.run import run
 from tunesmith.run.opening import open_model
 from tunesmith.run.prepare import prepare
+from tunesmith.run.reward_models import RewardModels
 from tunesmith.run.rollouts import Rollouts
 
 
@@ -69,6 +70,21 @@ def test_a_policy_learns_to_please_its_reward_model(folder: Path) -> None:
     done = run(rewarded(folder, "pleased", weight=1.0, group=16, train=train))
     earned = [record["reward"] for record in records(done)]
     assert sum(earned[-8:]) / 8 > sum(earned[:8]) / 8 + 0.2
+
+
+@pytest.mark.slow
+def test_a_run_that_is_cut_off_while_it_is_judged_goes_on_bit_for_bit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kills: a reward model that has changed; scores of completions that are not those of the rollout."""
+    whole = lasting(run(rewarded(folder, "whole")))
+    asked = rewarded(folder, "broken")
+    with monkeypatch.context() as patch:
+        crashing(patch, RewardModels, "scores", 6)  # the first is of the constant, and a rollout has one
+        with pytest.raises(Crash):
+            run(asked)
+    assert len(records(folder / "broken")) == 4
+    assert lasting(run(asked, resume=True)) == whole
 
 
 def test_a_base_that_trains_cannot_hold_a_reward_model(folder: Path) -> None:

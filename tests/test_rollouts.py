@@ -14,6 +14,8 @@ from tiny_runs import records
 from tunesmith.config import Config, build_config
 from tunesmith.core.errors import CheckpointError, ConfigError
 from tunesmith.data.pack import Cursor
+from tunesmith.objectives.ppo import PPO, gae
+from tunesmith.objectives.sampled import Written
 from tunesmith.run import rollouts as module
 from tunesmith.run import run
 from tunesmith.run.kept_rollouts import Kept
@@ -24,14 +26,18 @@ from tunesmith.train import trainer
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "grpo": {"kind": "grpo", "group": 4, "kl": 0.1, "iterations": 2},
-    "ppo": {"kind": "ppo", "epochs": 2, "minibatches": 2},
+    "ppo": {"kind": "ppo", "epochs": 2, "minibatches": 2, "kl_target": 0.01},
 }
 ASIDE = ("_seconds", "_per_second", "_bytes")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("policy")
+    return filled(tmp_path_factory.mktemp("policy"))
+
+
+def filled(found: Path) -> Path:
+    """A folder with a model, prompts and a reward."""
     tiny_folder(found / "model")
     rows = [{"prompt": f"name {word}", "answer": word} for word in ("red", "green", "blue", "one", "two", "three")]
     (found / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -153,6 +159,45 @@ def test_a_run_that_is_cut_off_goes_on_bit_for_bit(
     assert lasting(run(asked, resume=True)) == whole
 
 
+def test_the_weight_of_the_divergence_moves_between_rollouts(folder: Path) -> None:
+    """By the nats a token that the rollout was away. Kills: one that moves within a rollout, or pays nothing."""
+    rollouts, policy = started(folder, OBJECTIVES["ppo"], "adapts")
+    steps, weights = rollouts.stream(Cursor()), []
+    for number in range(1, 10):
+        _, facts = rollouts(next(steps), number)
+        weights += [facts["kl_weight"]] if "kl_weight" in facts else []
+        if number == 4:
+            with torch.no_grad():
+                [one.normal_(0, 0.1) for one in policy.model.parameters() if one.requires_grad]
+        if number == 5:
+            every = [one for rows in rollouts.minibatches for one in rows]
+            apart = sum((one.old - one.reference).sum().item() for one in every) / sum(one.actions for one in every)
+    assert weights[:2] == [0.05, 0.05 * (1 - 0.1 * 0.2)]
+    for one in every:
+        written = Written(one.actions, one.reward, one.old, one.reference, one.values)
+        earned = PPO(kl=weights[1]).rewards(written)
+        torch.testing.assert_close(one.returns, gae(earned, one.values, 1.0, 0.95)[1], rtol=1e-6, atol=1e-7)
+    wanted = weights[1] * (1 + 0.1 * min(max(apart / 0.01 - 1, -0.2), 0.2))
+    assert weights[2] == pytest.approx(wanted, rel=1e-9)
+    assert rollouts.memory["objective.kl"].item() != weights[2]
+
+
+def test_held_out_answers_earn_what_they_are_worth(folder: Path) -> None:
+    """Kills: rewards of drawn answers, of other rows, or with the judge's prompts and the run's answers."""
+    train = {"steps": 2, "rows_per_step": 2, "lr": 0.02}
+    (folder / "held.jsonl").write_text(
+        '{"prompt": "name four", "answer": "four"}\n{"prompt": "say ten", "answer": "x"}\n'
+    )
+    data = {"train": str(folder / "rows.jsonl"), "eval": str(folder / "held.jsonl")}
+    judged = {"metrics": ["exact_match"], "every": 1, "generate": 6}
+    done = run(config(folder, {"kind": "grpo", "group": 2, "kl": 0.0}, "held", train=train, data=data, evaluate=judged))
+    found = records(done)
+    assert all("eval_reward" in record and "eval_exact_match" in record for record in found)
+    written = [json.loads(line)["tuned"] for line in (done / "samples.jsonl").read_text().splitlines()]
+    assert found[-1]["eval_reward"] == pytest.approx(sum(sum(c in "aeiou" for c in text) / 8 for text in written) / 2)
+    assert "Held-out reward" in (done / "report.html").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["grpo", "ppo"])
 def test_a_reward_that_can_be_earned_is_earned(kind: str, folder: Path) -> None:
@@ -203,7 +248,7 @@ def test_kept_rollouts_come_back_and_damage_is_noticed(folder: Path) -> None:
     rollouts(next(iter(rollouts.stream(Cursor()))), 1)
     kept = Kept(folder / "kept" / "rollouts", rollouts.prepared.config.train, 4)
     for ours, theirs in zip(rollouts.minibatches, kept.read(1), strict=True):
-        one, other = rollouts.collate(ours[0]), rollouts.collate(theirs[0])
+        one, other = rollouts.collate(ours), rollouts.collate(theirs)
         assert torch.equal(one.ids, other.ids)
         assert all(torch.equal(value, getattr(other.actions, name)) for name, value in vars(one.actions).items())
     [path] = (folder / "kept" / "rollouts").iterdir()

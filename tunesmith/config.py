@@ -218,7 +218,6 @@ def _unfit_for_samples(config: Config, where: str) -> list[ConfigError]:
          "itself: there is no reference beside it", "set it to 0, or method to lora"),
         (any(one["kind"] == "run" for one in objective.reward) and config.method.trains_all, "objective.reward",
          f"{config.method.kind} changes the base that the reward model stands on", "set method to lora"),
-        (config.layout.processes > 1, "layout", f"{objective.kind} runs in one process", "leave it out"),
         (bool(config.train.cache_trunk), "train.cache_trunk", "completions are new in every step", "leave it out"),
     ]  # fmt: skip
     found = [ConfigError(text, where=f"{where}: {key}", hint=hint) for wrong, key, text, hint in told if wrong]

@@ -5,16 +5,20 @@ The one idea: a reward is worth what it refuses, so that what a constant complet
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+from tunesmith.evaluate import plots
 from tunesmith.evaluate.signs import signs
 from tunesmith.evaluate.verdict import mapping, number
+from tunesmith.objectives.sampled import EDGES, RATIOS
 
 # key of a record: title of its chart, name of its line
 FOLLOWED = {
     "reward": ("Reward", "mean reward"),
     "kl": ("Divergence from the reference, nats a token", "KL"),
+    "kl_weight": ("Weight of the divergence", "weight"),
     "entropy": ("Entropy, nats a token", "entropy"),
     "completion_tokens": ("Length of completions", "tokens"),
     "clip_share": ("Share of actions that are clipped", "clipped"),
@@ -22,6 +26,7 @@ FOLLOWED = {
     "value_loss": ("Error of the value head", "squared error"),
 }
 STEPS, EARLIER = 5, 3  # rollouts that are shown, and completions of all but the last of them
+PARTS = 3  # of the run that have a histogram of ratios each
 _LONG = 300
 
 
@@ -45,7 +50,19 @@ def written(shown: Sequence[dict[str, Any]], constant: Any, records: Sequence[di
     said = mapping(constant)
     earned = number(said.get("reward"))
     told = {"text": _short(said.get("text")), "reward": f"{earned:.3f}"} if earned is not None else None
-    return {"steps": steps, "constant": told, "signs": list(signs(records).values())}
+    return {"steps": steps, "constant": told, "signs": list(signs(records).values()), "ratios": ratios(records)}
+
+
+def ratios(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How far updates have moved the probability of an action since it was drawn, from the beginning to the end."""
+    known = [record for record in records if number(record.get(RATIOS[0])) is not None]
+    size, found = max(1, math.ceil(len(known) / PARTS)), []
+    for some in (known[start : start + size] for start in range(0, len(known), size)):
+        shares = [100 * sum(number(one.get(name)) or 0.0 for one in some) / len(some) for name in RATIOS]
+        names = [*(f"\u2264 {edge:g}" for edge in EDGES), f"> {EDGES[-1]:g}"]
+        picture = plots.histogram(list(zip(names, shares, strict=True)), "percent of actions by ratio")
+        found.append({"name": f"steps {some[0].get('step')} to {some[-1].get('step')}", "picture": picture})
+    return found
 
 
 def _row(one: dict[str, Any]) -> dict[str, Any]:

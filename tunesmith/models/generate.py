@@ -56,6 +56,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    numbers: Sequence[int] | None = None,
     batch_size: int = 16,
     shared_prefix: Sequence[int] = (),
     progress: Callable[[int, int], None] | None = None,
@@ -68,6 +69,7 @@ def generate(
         max_new_tokens: at most so many; a stop token takes one of them.
         stop_ids: tokens that end a completion.
         temperature, top_p, seed: see `sampling.Chooser`; a row's draws depend on its number, not on the batch.
+        numbers: of the rows, where these are some of more; else they count from 0.
         batch_size: rows at a time.
         shared_prefix: what every prompt begins with.
         progress: called with (done, all).
@@ -77,7 +79,8 @@ def generate(
         DataError: a prompt without tokens, or longer than the model's table of positions has room for.
     """
     whole = [[*shared_prefix, *prompt] for prompt in prompts]
-    writer = _Writer(loaded, route, max_new_tokens, stop_ids, Chooser(temperature, top_p, seed, max_new_tokens))
+    choose = Chooser(temperature, top_p, seed, max_new_tokens, numbers)
+    writer = _Writer(loaded, route, max_new_tokens, stop_ids, choose)
     writer.check(whole, batch_size)
     order = sorted(range(len(whole)), key=lambda row: -len(whole[row]))  # longest first: memory fails at once or never
     ids: list[list[int]] = [[] for _ in whole]

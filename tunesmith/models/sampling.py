@@ -25,17 +25,21 @@ class Chooser:
         top_p: draws from the smallest set of likeliest tokens that holds this much probability (Holtzman et al.
             2020, arXiv:1904.09751).
         seed, turns: of the draws, and how many a row may need.
+        numbers: what the draws of each row depend on; its place without any.
 
     Raises:
         ConfigError: a temperature below 0, or a top_p outside (0, 1].
     """
 
-    def __init__(self, temperature: float, top_p: float, seed: int, turns: int) -> None:
+    def __init__(
+        self, temperature: float, top_p: float, seed: int, turns: int, numbers: Sequence[int] | None = None
+    ) -> None:
         if not 0 <= temperature < float("inf"):
             raise ConfigError(f"temperature is {temperature}; it is a number from 0", where="temperature")
         if not 0 < top_p <= 1:
             raise ConfigError(f"top_p is {top_p}; it is above 0 and at most 1", where="top_p")
         self.temperature, self.top_p, self.seed, self.turns = temperature, top_p, seed, turns
+        self.numbers = numbers
         self._drawn: dict[int, Tensor] = {}
 
     def __call__(self, logits: Tensor, rows: Sequence[int], turns: Sequence[int]) -> Tensor:
@@ -62,6 +66,7 @@ class Chooser:
 
     def _draws(self, row: int) -> Tensor:
         if row not in self._drawn:
-            generator = torch_generator(self.seed, "sampling", row)
+            number = row if self.numbers is None else self.numbers[row]
+            generator = torch_generator(self.seed, "sampling", number)
             self._drawn[row] = torch.rand(self.turns, generator=generator, dtype=torch.float64)
         return self._drawn[row]

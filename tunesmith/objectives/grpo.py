@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from tunesmith.objectives.objective import Policy
-from tunesmith.objectives.sampled import Credit, Sampled, Written, actions_of, divergence, surrogate
+from tunesmith.objectives.sampled import Credit, Sampled, Written, actions_of, divergence, ratio_shares, surrogate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,6 +76,8 @@ class GRPO(Sampled):
         old = logprobs.detach() if actions.old is None else actions.old
         gain, held = surrogate(logprobs, old, actions.advantages, self.clip)
         total, facts = -gain.sum(), {"entropy": -logprobs.detach().sum(), "clip_share": held.sum()}
+        if actions.old is not None:
+            facts |= ratio_shares(logprobs, old)
         if actions.reference is not None:
             apart = divergence(logprobs, actions.reference)
             total = total + self.kl * apart.sum()

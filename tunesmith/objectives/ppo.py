@@ -7,12 +7,12 @@ both come from one forward pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tunesmith.objectives.objective import Policy
-from tunesmith.objectives.sampled import Credit, Sampled, Written, actions_of, divergence, surrogate
+from tunesmith.objectives.sampled import Credit, Sampled, Written, actions_of, divergence, ratio_shares, surrogate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tunesmith.core.types import Batch, Mean
 
 VALUE_SHARE = 0.1  # of the value's loss in the whole
+GAIN, MOST = 0.1, 0.2  # of the adaptive penalty: K_beta, and the largest error that counts
 
 
 class PPO(Sampled):
@@ -27,6 +28,8 @@ class PPO(Sampled):
 
     Attributes:
         kl: taken off the reward of each token for each nat that it is likelier than under the reference.
+        kl_in: `reward`, or `loss`: there it is the weight of an estimate of the divergence, as in GRPO.
+        kl_target: nats a token that the divergence is to come to; `kl` is then where its weight begins.
         epochs: how often each completion is used.
         minibatches: updates that an epoch is cut into; a rollout is of that many times `train.rows_per_step` prompts.
         gamma: what a reward is worth one token earlier.
@@ -35,12 +38,35 @@ class PPO(Sampled):
 
     kind: Literal["ppo"] = "ppo"
     kl: float = Field(default=0.05, ge=0, le=100)
+    kl_in: Literal["reward", "loss"] = "reward"
+    kl_target: float | None = Field(default=None, gt=0, le=100)
     epochs: int = Field(default=4, ge=1, le=64)
     minibatches: int = Field(default=4, ge=1, le=1024)
     gamma: float = Field(default=1.0, gt=0, le=1)
     # a keyword of Python, and the name that everybody knows it by
     __annotations__["lambda"] = "float"
     vars()["lambda"] = Field(default=0.95, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _acts(self) -> Self:
+        if self.kl_target is not None and (not self.kl or self.kl_in == "loss"):
+            raise ValueError("kl_target moves a kl that is paid in the reward: set kl above 0, and kl_in to reward")
+        return self
+
+    @property
+    def adapts(self) -> bool:
+        """Whether `kl` changes from rollout to rollout."""
+        return self.kl_target is not None
+
+    def adapted(self, nats: float) -> float:
+        """`kl` for the rollout after one that was so many nats a token from the reference.
+
+        Ziegler et al. 2019, arXiv 1909.08593, section 2.2; theirs are nats a completion.
+        """
+        if self.kl_target is None:
+            return self.kl
+        error = (nats - self.kl_target) / self.kl_target
+        return self.kl * (1 + GAIN * min(max(error, -MOST), MOST))
 
     @property
     def passes(self) -> int:
@@ -69,12 +95,13 @@ class PPO(Sampled):
     def rewards(self, one: Written) -> Tensor:
         """What each token earns, [actions]: the cost of leaving the reference, and with the last the reward."""
         old = _known(one.old)
-        earned = old.new_zeros(one.actions) if one.reference is None else -self.kl * (old - one.reference)
+        free = one.reference is None or self.kl_in == "loss"
+        earned = old.new_zeros(one.actions) if free else -self.kl * (old - _known(one.reference))
         earned[-1] += one.reward
         return earned
 
     def loss(self, policy: Policy, batch: Batch) -> Mean:
-        """Sum over actions of -min(r A, clamp(r) A) and the clipped squared error of the values."""
+        """Sum over actions of -min(r A, clamp(r) A), the values' clipped squared error, and the divergence if asked."""
         import torch
 
         from tunesmith.core.types import Mean
@@ -86,14 +113,18 @@ class PPO(Sampled):
         gain, held = surrogate(logprobs, old, actions.advantages, self.clip)
         near = before + (values - before).clamp(-self.clip, self.clip)
         wrong = 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
+        total = -gain.sum() + VALUE_SHARE * wrong.sum()
         facts = {
             "entropy": -logprobs.detach().sum(),
             "clip_share": held.sum(),
             "value_loss": wrong.detach().sum(),
+            **ratio_shares(logprobs, old),
         }
         if actions.reference is not None:
-            facts["kl"] = divergence(logprobs.detach(), actions.reference).sum()
-        return Mean(-gain.sum() + VALUE_SHARE * wrong.sum(), self.weight(batch), facts)
+            apart = divergence(logprobs, actions.reference)
+            total = total + self.kl * apart.sum() if self.kl_in == "loss" else total
+            facts["kl"] = apart.detach().sum()
+        return Mean(total, self.weight(batch), facts)
 
 
 def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:

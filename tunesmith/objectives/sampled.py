@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from tunesmith.core.types import Actions, Batch
 
 
+EDGES = (0.5, 0.8, 0.9, 0.97, 1.03, 1.1, 1.25, 2.0)  # of the ratios that are counted together
+RATIOS = (*(f"ratio_to_{edge:g}" for edge in EDGES), f"ratio_above_{EDGES[-1]:g}")
+
+
 def _listed(value: Any) -> Any:
     """Sections of one reward or a list: `x`, `file.py:function`, a run's folder, or `{kind: x, weight: w, ...}`."""
     entries = value if isinstance(value, list | tuple) else [value]
@@ -118,6 +122,15 @@ class Sampled(Objective):
         return False
 
     @property
+    def adapts(self) -> bool:
+        """Whether `kl` changes from rollout to rollout."""
+        return False
+
+    def adapted(self, nats: float) -> float:
+        """`kl` for the rollout after one that was so many nats a token from the reference."""
+        return self.kl
+
+    @property
     def needs_old(self) -> bool:
         """Whether log-probabilities have to be known before the first update."""
         return self.passes * self.parts > 1
@@ -169,6 +182,19 @@ def surrogate(logprobs: Tensor, old: Tensor, advantages: Tensor, clip: float) ->
     ratio = (logprobs - old).exp()
     free, held = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     return torch.minimum(free, held), held.detach() < free.detach()
+
+
+def ratio_shares(logprobs: Tensor, old: Tensor) -> dict[str, Tensor]:
+    """How many actions have a ratio between which of EDGES, by RATIOS: a histogram for the log.
+
+    Args:
+        logprobs, old: [actions].
+    """
+    import torch
+
+    ratio = (logprobs.detach() - old).exp()
+    places = torch.bucketize(ratio, torch.tensor(EDGES, device=ratio.device, dtype=ratio.dtype))
+    return {name: (places == place).sum() for place, name in enumerate(RATIOS)}
 
 
 def divergence(logprobs: Tensor, reference: Tensor) -> Tensor:

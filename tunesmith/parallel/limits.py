@@ -54,6 +54,10 @@ def refusals(config: Any) -> Iterator[tuple[str, str, str]]:
     if is_written and spread:
         told = f"is of written text, and {spread} has no whole model to write with"
         yield "train.stop.metric", told, "take loss, or zero2"
+    if config.objective.samples and spread == "zero3":
+        yield "objective", f"{config.objective.kind} writes with a whole model, and zero3 has none", "take zero2"
+    if getattr(config.objective, "kl_target", None) and layout.shard != "none":
+        yield "objective.kl_target", f"is not there with {layout.shard}", "leave it out, or set layout.shard to none"
     if kinds:
         yield from _of_parts(config, kinds)
     if "tensor" in kinds:

@@ -230,8 +230,10 @@ def _carry_out(ready: _Ready, folder: RunFolder, resume: bool, before: bool, lib
     if config.objective.samples:
         from tunesmith.run.rollouts import Rollouts
 
-        rollouts = Rollouts(prepared, loaded, policy, judge.received, folder.path)
-        folder.record(constant=rollouts.constant())
+        rollouts = Rollouts(prepared, loaded, policy, judge.received, folder.path, layout.data)
+        judge.earned = rollouts.earned
+        if is_first:
+            folder.record(constant=rollouts.constant())
     result = _train(ready, folder, adapter, policy, resume, rollouts)
     weights = layout.whole(layout.pieces) if layout.in_parts else {}
     if not is_first:
@@ -255,7 +257,9 @@ def _next(prepared: Prepared, folder: RunFolder) -> str:
 class _Tuned:
     """The adapter and its policy, as the trainer wants them."""
 
-    def __init__(self, adapter: Adapter, policy: Policy, trunk: Trunk | None = None) -> None:
+    def __init__(
+        self, adapter: Adapter, policy: Policy, trunk: Trunk | None = None, rollouts: Rollouts | None = None
+    ) -> None:
         from tunesmith.models.stored import Stored
 
         value = {} if policy.value is None else {f"value.{name}": one for name, one in policy.value.named_parameters()}
@@ -265,7 +269,8 @@ class _Tuned:
         self.on_phase = (lambda number: None) if trunk is None else trunk.begin
         self.lr_factors = adapter.lr_factors
         self.stored = Stored(adapter.loaded).finer
-        self.memory, self.penalty, self.after_step = adapter.memory, adapter.penalty, adapter.after_step
+        self.memory = adapter.memory | ({} if rollouts is None else rollouts.memory)
+        self.penalty, self.after_step = adapter.penalty, adapter.after_step
 
 
 def _train(
@@ -281,7 +286,7 @@ def _train(
         if config.train.cache_trunk:
             trunk = policy.trunk = Trunk(adapter.loaded, folder.path / "cache", config.train.cache_trunk)
             stack.callback(trunk.close)
-        tuned = layout.adopt(_Tuned(adapter, policy, trunk))
+        tuned = layout.adopt(_Tuned(adapter, policy, trunk, rollouts))
         result = train(
             tuned,
             _stream(prepared, layout.data) if rollouts is None else rollouts.stream,

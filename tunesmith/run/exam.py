@@ -15,7 +15,7 @@ from tunesmith.core.errors import ConfigError
 from tunesmith.core.files import canonical_json
 from tunesmith.data.codec import Codec
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.encode import Example
+from tunesmith.data.encode import Example, Prompt
 from tunesmith.data.rows import Dialogue
 from tunesmith.evaluate.metrics import METRICS
 
@@ -36,6 +36,7 @@ class Exam:
         metrics: names.
         max_new_tokens: of an answer.
         limit: first rows only.
+        asks: whether answers are wanted without a metric of them, too.
         dialogues: the rows as questions, those with the same prompt as one with several references.
     """
 
@@ -43,6 +44,7 @@ class Exam:
     metrics: tuple[str, ...]
     max_new_tokens: int
     limit: int | None = None
+    asks: bool = False
     dialogues: list[Dialogue] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -50,7 +52,7 @@ class Exam:
         self.measured = [METRICS.load(name)() for name in self.metrics if METRICS.load(name).needs == "losses"]
         for metric in [*self.spoken, *self.measured]:
             metric.require()
-        if self.spoken:
+        if self.spoken or self.asks:
             self.dialogues = grouped(list(self.dataset.dialogues(None)))[: self.limit]
         for metric in self.spoken:
             if metric.reads_tables:
@@ -65,6 +67,13 @@ class Exam:
     def questions(self) -> list[str]:
         """The last thing said before each answer, for people."""
         return [dialogue.prompt[-1].text if dialogue.prompt else "" for dialogue in self.dialogues]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The questions as a reward sees them, each with the data of its first row."""
+        sources = self.dataset.sources
+        data = {raw.where: raw.data for source, row in self.dataset.places() for raw in [sources[source][row]]}
+        return [Prompt(self.dataset.prompt_ids(one), one, data[one.where]) for one in self.dialogues]
 
     def score(self, completions: Sequence[str]) -> Scores:
         """Metrics of answers to all questions, with intervals."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tunesmith.core.problem import Comparison, Problem
     from tunesmith.data.codec import Codec
     from tunesmith.data.dataset import Dataset
+    from tunesmith.data.encode import Prompt
     from tunesmith.data.rows import Dialogue
     from tunesmith.models.load import Loaded
     from tunesmith.models.policy import Policy
@@ -44,9 +45,11 @@ class Judge:
 
     Attributes:
         received: the model as the run received it; None where that is the base.
+        earned: the mean reward of an answer to each of some prompts, where a run learns from one.
     """
 
     received: Route | None = None
+    earned: Callable[[Sequence[Prompt], Sequence[str]], float] | None = None
 
     def __init__(self, prepared: Prepared, folder: Path) -> None:
         self.prepared, self.folder = prepared, folder
@@ -57,7 +60,8 @@ class Judge:
         self.exam: Exam | None = None
         if prepared.eval is not None and prepared.problem is None and prepared.config.objective.compares is None:
             section = self.section
-            self.exam = Exam(prepared.eval, section.metrics, section.generate, section.rows)
+            samples = prepared.config.objective.samples
+            self.exam = Exam(prepared.eval, section.metrics, section.generate, section.rows, asks=samples)
 
     def before(self, loaded: Loaded, route: Route) -> None:
         """The untuned model, with and without solved examples, and the two answers that need no model.
@@ -81,19 +85,22 @@ class Judge:
         self._write()
 
     def during(self, loaded: Loaded, policy: Policy) -> Callable[[int], dict[str, float]]:
-        """What the trainer calls every so often: the loss, and the metric it may stop on."""
+        """What the trainer calls every so often: the loss, the metric it may stop on, and what answers earn."""
         assert self.exam is not None
-        exam, stop = self.exam, self.prepared.config.train.stop
+        exam, stop, earned = self.exam, self.prepared.config.train.stop, self.earned
         spoken = stop is not None and stop.metric in {metric.name for metric in exam.spoken}
+        prompts = exam.prompts if earned is not None else []
 
         def measure(step: int) -> dict[str, float]:
             totals, tokens = exam.row_losses(policy)
             found = {"loss": sum(totals) / max(1, sum(tokens))}
             for metric in exam.measured:
                 found[metric.name] = float(metric.value(metric.from_losses(totals, tokens).sum(0)))
-            if spoken:
+            if spoken or earned is not None:
                 answers = exam.write(loaded, policy.route, self.prepared.codec, title=f"step {step}:")
                 found |= {name: score["value"] for name, score in exam.score(answers).items()}
+                if earned is not None:
+                    found["reward"] = earned(prompts, answers)
             return found
 
         return measure

@@ -7,6 +7,7 @@ first update; old ones go once no checkpoint can ask for them.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,9 +57,14 @@ class Rollout:
         """Tokens of the completion."""
         return sum(self.example.supervised)
 
+    @property
+    def nats_apart(self) -> float:
+        """How much likelier it was than under the reference, where both are known."""
+        assert self.old is not None
+        assert self.reference is not None
+        return float((self.old - self.reference).double().sum())
 
-Minibatches = list[list[list[Rollout]]]
-"""Completions by update and micro-batch."""
+
 _TENSORS = ("old", "reference", "values", "advantages", "returns")
 
 
@@ -74,16 +80,16 @@ class Kept:
         # a damaged checkpoint sends a run back to the one before it
         self.reach_steps = train.save_every * (train.keep + 1) + updates
 
-    def write(self, number: int, minibatches: Minibatches) -> None:
-        """Keeps a rollout, whole or not at all. Raises ResourceError."""
-        body = canonical_json([[[_plain(one) for one in rows] for rows in batches] for batches in minibatches])
+    def write(self, number: int, updates: Sequence[Sequence[Rollout]]) -> None:
+        """Keeps a rollout, its completions by update, whole or not at all. Raises ResourceError."""
+        body = canonical_json([[plain(one) for one in rows] for rows in updates])
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self._path(number), canonical_json({"sha256": _sha256(body), "rollout": body}))
         for path in self.folder.glob("step-*.json"):
             if int(path.stem.removeprefix("step-")) < number - self.reach_steps:
                 path.unlink()
 
-    def read(self, number: int) -> Minibatches:
+    def read(self, number: int) -> list[list[Rollout]]:
         """A rollout as it was written. Raises CheckpointError where it is not there or damaged."""
         path = self._path(number)
         if not path.exists():
@@ -92,7 +98,7 @@ class Kept:
         body = found.get("rollout") if isinstance(found, dict) else None
         if not isinstance(body, str) or _sha256(body) != found.get("sha256"):
             raise CheckpointError("damaged: its bytes are not those that were written", where=str(path))
-        return [[[_made(one) for one in rows] for rows in batches] for batches in strict_loads(body)]
+        return [[from_plain(one) for one in rows] for rows in strict_loads(body)]
 
     def _path(self, number: int) -> Path:
         return self.folder / f"step-{number:06d}.json"
@@ -102,14 +108,16 @@ def _sha256(body: str) -> str:
     return hashlib.sha256(body.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _plain(one: Rollout) -> dict[str, Any]:
+def plain(one: Rollout) -> dict[str, Any]:
+    """A completion as JSON has it."""
     found: dict[str, Any] = {entry.name: getattr(one, entry.name) for entry in fields(one)}
     # a float32 is written with the digits of the double that it is, and comes back the same
     tensors = {name: None if found[name] is None else found[name].tolist() for name in _TENSORS}
     return {**found, **tensors, "example": asdict(one.example)}
 
 
-def _made(found: dict[str, Any]) -> Rollout:
+def from_plain(found: dict[str, Any]) -> Rollout:
+    """The completion that `plain` was given."""
     tensors = {
         name: None if found[name] is None else torch.tensor(found[name], dtype=torch.float32) for name in _TENSORS
     }

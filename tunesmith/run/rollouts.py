@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,7 +31,8 @@ from tunesmith.models.generate import generate
 from tunesmith.models.heads import value_head
 from tunesmith.models.route import Route
 from tunesmith.objectives.sampled import Sampled, Written
-from tunesmith.run.kept_rollouts import Kept, Minibatches, Rollout
+from tunesmith.parallel.world import ALONE, Alone
+from tunesmith.run.kept_rollouts import Kept, Rollout, from_plain, plain
 from tunesmith.run.reward_models import RewardModels
 from tunesmith.run.watching import Shown, Signs
 
@@ -65,12 +66,22 @@ class Rollouts:
     Args:
         policy: what writes and learns; it gets a value head where the objective asks for one.
         received: the route of the model as the run received it: the reference.
+        world: processes that share the completions of a rollout out; each knows all that was written.
     """
 
-    def __init__(self, prepared: Prepared, loaded: Loaded, policy: Policy, received: Route, folder: Path) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        loaded: Loaded,
+        policy: Policy,
+        received: Route,
+        folder: Path,
+        world: Alone = ALONE,
+    ) -> None:
         objective = prepared.config.objective
         assert isinstance(objective, Sampled)
         self.prepared, self.loaded, self.policy, self.objective = prepared, loaded, policy, objective
+        self.world = world
         # what costs nothing is not computed
         self.reference = policy.under(received) if objective.kl else None
         if objective.has_values:
@@ -79,10 +90,16 @@ class Rollouts:
         self.rewards = [reward for reward in rewards if not isinstance(reward, Trained)]
         self.models = RewardModels(loaded, [reward for reward in rewards if isinstance(reward, Trained)])
         self.seed, self.updates = prepared.config.train.seed, objective.passes * objective.parts
+        self.kl = torch.tensor(objective.kl, dtype=torch.float64)
         self.kept = Kept(folder / "rollouts", prepared.config.train, self.updates)
-        self.minibatches: Minibatches = []
+        self.minibatches: list[list[Rollout]] = []
         self.shown: list[Rollout] = []
         self.writing_cpu_seconds = 0.0
+
+    @property
+    def memory(self) -> dict[str, Tensor]:
+        """What changes from rollout to rollout, for checkpoints."""
+        return {"objective.kl": self.kl} if self.objective.adapts else {}
 
     def stream(self, cursor: Cursor) -> Iterator[Turn]:
         """The updates from a cursor on, with prompts for rows; completions are written when an update begins."""
@@ -103,27 +120,58 @@ class Rollouts:
             self.minibatches = self._made([prompt for rows in step.micro_batches for prompt in rows], step.place)
             facts = self._facts() | {"rollout_seconds": round(time.monotonic() - began, 6)}
             facts["writing_cpu_seconds"] = round(self.writing_cpu_seconds, 6)
+            facts |= self._adapted()
             if self.updates > 1:
-                self.kept.write(number, self.minibatches)
+                self.world.first(lambda: self.kept.write(number, self.minibatches))
         elif not self.minibatches:
             self.minibatches = self.kept.read(number - step.turn)
-        return replace(step, micro_batches=self.minibatches[step.turn % len(self.minibatches)]), facts
+        return replace(step, micro_batches=self._laid(self.minibatches[step.turn % len(self.minibatches)])), facts
 
-    def _made(self, prompts: Sequence[Prompt], place: Cursor) -> Minibatches:
-        """Completions of prompts with their advantages, as they are laid out for updates."""
-        written, count = self._written(prompts, place), self.objective.completions
+    def _made(self, prompts: Sequence[Prompt], place: Cursor) -> list[list[Rollout]]:
+        """Completions of prompts with their advantages, by update."""
+        written, count = self._gathered(self._written(prompts, place)), self.objective.completions
         share = count * math.ceil(len(prompts) / self.objective.parts)
-        laid = [cut(some, self.prepared.sizes) for some in _parts(written, share)]
-        known = {one.number: one for batches in laid for rows in batches for one in self._known(rows)}
-        judged = [_judged(known[number]) for number in range(len(written))]
-        credits_ = [credit for group in self.objective.credit(_parts(judged, count)) for credit in group]
-        done = [replace(known[number], **vars(credit)) for number, credit in enumerate(credits_)]
-        return [[[done[one.number] for one in rows] for rows in batches] for batches in laid]
+        known = [one for some in _parts(written, share) for rows in self._laid(some) for one in self._known(rows)]
+        judged = self._gathered(known)
+        objective = self.objective.model_copy(update={"kl": self.kl.item()})
+        credits_ = objective.credit(_parts([_judged(one) for one in judged], count))
+        done = [replace(judged[number], **vars(credit)) for number, credit in enumerate(chain(*credits_))]
+        return [list(some) for some in _parts(done, share)]
+
+    def _laid(self, update: Sequence[Rollout]) -> list[list[Rollout]]:
+        """The micro-batches of this process; completions of a prompt stay together, because they share it."""
+        return cut(
+            [one for group in self._mine(_parts(update, self.objective.completions)) for one in group],
+            self.prepared.sizes,
+        )
+
+    def _mine(self, values: Sequence[T]) -> Sequence[T]:
+        return values[self.world.rank :: self.world.size]
+
+    def _gathered(self, mine: list[Rollout]) -> list[Rollout]:
+        """Those of all processes, by number."""
+        if self.world.size > 1:
+            told = self.world.told({"rollouts": [plain(one) for one in mine]})
+            mine = [from_plain(one) for facts in told for one in facts["rollouts"]]
+        return sorted(mine, key=lambda one: one.number)
+
+    def _adapted(self) -> Record:
+        """The weight of the divergence that this rollout was judged with; it is then that of the next."""
+        if not self.objective.adapts:
+            return {}
+        facts = {"kl_weight": self.kl.item()}
+        every = list(chain(*self.minibatches))
+        apart = math.fsum(one.nats_apart for one in every)
+        now = self.objective.model_copy(update={"kl": self.kl.item()})
+        self.kl.fill_(now.adapted(apart / sum(one.actions for one in every)))
+        return facts
 
     def _written(self, prompts: Sequence[Prompt], place: Cursor) -> list[Rollout]:
-        """The completions of each prompt, one prompt after the other, rewarded."""
+        """The completions of this process's prompts, one prompt after the other, rewarded."""
         objective, dataset = self.objective, self.prepared.train
-        asked = [prompt for prompt in prompts for _ in range(objective.completions)]
+        every = [prompt for prompt in prompts for _ in range(objective.completions)]
+        numbers = [number for group in self._mine(_parts(range(len(every)), objective.completions)) for number in group]
+        asked = [every[number] for number in numbers]
         began = time.process_time()
         found = generate(
             self.loaded,
@@ -133,11 +181,12 @@ class Rollouts:
             stop_ids={stop for prompt in prompts for stop in dataset.template_of(prompt.dialogue).stop_ids},
             temperature=objective.temperature,
             seed=seed_for(self.seed, "rollouts", place.epoch, place.position),
+            numbers=numbers,
             batch_size=AT_ONCE,
         )
         self.writing_cpu_seconds = time.process_time() - began
         rollouts = []
-        for number, (prompt, answer) in enumerate(zip(asked, found, strict=True)):
+        for number, prompt, answer in zip(numbers, asked, found, strict=True):
             # the end token is an action: a model that never learns to stop would be paid for it
             ids = answer.ids + ([] if answer.end is None else [answer.end])
             learnt = [False] * len(prompt.ids) + [True] * len(ids)
@@ -163,9 +212,14 @@ class Rollouts:
         found = (self.prepared.train.prompt(*place) for place in self.prepared.train.places())
         prompts = list(islice((prompt for prompt in found if isinstance(prompt, Prompt)), most))
         text = Counter(prompt.dialogue.completion for prompt in prompts).most_common(1)[0][0].strip()
-        said = [self._document(prompt, text) for prompt in prompts] if self.models.routes else []
-        earned = sum(self.verified(prompt, text) for prompt in prompts) + sum(self.models.scores(self.policy, said))
-        return {"text": text, "reward": earned / len(prompts)}
+        return {"text": text, "reward": self.earned(prompts, [text] * len(prompts))}
+
+    def earned(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> float:
+        """The mean reward of texts that were not drawn here, one for each prompt."""
+        pairs = list(zip(prompts, texts, strict=True))
+        said = [self._document(prompt, text) for prompt, text in pairs] if self.models.routes else []
+        scores = self.models.scores(self.policy, said)
+        return (sum(self.verified(prompt, text) for prompt, text in pairs) + sum(scores)) / len(pairs)
 
     def verified(self, prompt: Prompt, text: str) -> float:
         """What a completion earns of all rewards but those of models."""
@@ -205,8 +259,7 @@ class Rollouts:
 
     def _facts(self) -> Record:
         """What the log has of a rollout: means over its completions; some of them are taken to be shown."""
-        every = [one for batches in self.minibatches for rows in batches for one in rows]
-        every.sort(key=lambda one: one.number)
+        every = list(chain(*self.minibatches))
         self.shown = sorted(every, key=lambda one: seed_for(self.seed, "shown", one.number))[:SHOWN]
         facts = {
             "reward": sum(one.reward for one in every) / len(every),
