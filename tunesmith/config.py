@@ -84,6 +84,9 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> Config:
 
 def build_config(raw: dict[str, Any], where: str = "config") -> Config:
     """The configuration in a plain dictionary. Raises ConfigError listing all problems."""
+    if "stages" in raw:
+        hint = "`tunesmith tune`, `check` and `plan` take it"
+        raise ConfigError("a list of stages; one run is needed here", where=f"{where}: stages", hint=hint)
     problems = Problems()
     values: dict[str, Any] = {**DEFAULTS, **raw}
     for name, registry in REGISTRIES.items():

@@ -24,20 +24,27 @@ def check(
 
     What the model learns to write is marked; control tokens are dim. Weights are not loaded.
     """
-    from tunesmith.config import load_config, naming
-    from tunesmith.run.prepare import prepare
+    from tunesmith.run.staged import prepare_stage
+    from tunesmith.run.stages import load_stages, naming_stage
 
-    wanted = load_config(config, overrides)
-    with naming(config):
-        prepared = prepare(wanted)
+    stages = load_stages(config, overrides)
+    facts: list[dict[str, Any]] = []
+    for stage in stages.stages:
+        with naming_stage(stages, stage):
+            prepared = prepare_stage(stages, stage)
+        facts.append({"name": stage.name, **prepared.data_facts()})
+        if as_json:
+            continue
+        if stages.is_list:
+            typer.echo(f"stage {stage.name}")
+        for line in prepared.lines():
+            typer.echo(line)
+        _show_rows(prepared.train, rows)
     if as_json:
         from tunesmith.cli.main import print_json
 
-        print_json({"ok": True, **prepared.data_facts()})
+        print_json({"ok": True, **({"stages": facts} if stages.is_list else prepared.data_facts())})
         return
-    for line in prepared.lines():
-        typer.echo(line)
-    _show_rows(prepared.train, rows)
     typer.echo("ok: nothing to mend")
 
 

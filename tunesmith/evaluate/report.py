@@ -25,7 +25,7 @@ MOST_SAMPLES = 40
 
 
 def write_report(run_folder: Path | str) -> Path:
-    """Writes report.html into a run folder and gives its path.
+    """Writes report.html into a run folder, or one of stages, and gives its path.
 
     Raises:
         ConfigError: the folder does not exist or holds nothing of a run.
@@ -33,14 +33,18 @@ def write_report(run_folder: Path | str) -> Path:
         ResourceError: the page cannot be written.
     """
     folder = Path(run_folder)
-    files = _read(folder)
-    page = render_page("report.html", story.tell(files))
+    if (folder / "stages.yaml").exists():
+        from tunesmith.evaluate.stages_page import write_stages_report
+
+        return write_stages_report(folder)
+    page = render_page("report.html", story.tell(read_files(folder)))
     path = folder / "report.html"
     write_atomic(path, page)
     return path
 
 
-def _read(folder: Path) -> story.Files:
+def read_files(folder: Path) -> story.Files:
+    """What a run folder holds. Raises as `write_report`."""
     if not folder.is_dir():
         raise ConfigError("no such run folder", where=str(folder))
     text = _text(folder / "config.yaml")

@@ -6,9 +6,9 @@ The one idea: this needs neither torch nor transformers, so that a mistake is fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +26,13 @@ from tunesmith.data.order import Mixture
 from tunesmith.data.pack import Cursor, Sizes, Step, StepStream, Totals, count_steps
 from tunesmith.data.statistics import DataStatistics
 from tunesmith.evaluate.rewards import open_rewards
+from tunesmith.evaluate.rewards.trained import Trained
 from tunesmith.models.folder import position_limit, validate_folder
 from tunesmith.models.source import resolve
 from tunesmith.objectives.sampled import Sampled
 from tunesmith.parallel.limits import check_model
 from tunesmith.run.opening import find
-from tunesmith.run.starting import check_start
+from tunesmith.run.starting import check_promise, check_promised_reward, check_start, root_of
 
 if TYPE_CHECKING:
     from tunesmith.data.section import DataSection, Parts
@@ -51,6 +52,7 @@ class Prepared:
         train_statistics, eval_statistics: what they come to.
         problem: what is to be predicted; None where text is learnt.
         start: the adapter that the run begins with a copy of, where `model` is a run that has one.
+        ahead: runs that will be there before this one, by their folders; see `prepare`.
     """
 
     config: Config
@@ -62,6 +64,7 @@ class Prepared:
     eval_statistics: DataStatistics | None = None
     problem: Problem | None = None
     start: Path | None = None
+    ahead: Mapping[str, Config] = field(default_factory=dict)
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -164,18 +167,27 @@ class Prepared:
         return {"start": start, "rewards": {file: sha256_file(file) for one in rewards for file in one.files}}
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config, ahead: Mapping[str, Config] | None = None) -> Prepared:
     """Finds and reads everything a run needs but weights.
+
+    Args:
+        ahead: runs that will be there before this one begins, by their folders; what they leave behind is not asked
+            for. What is prepared so can be looked at and planned, not run.
 
     Raises: ConfigError, DataError, ModelError, ResourceError; each names file and row or key.
     """
+    ahead = ahead or {}
     if not config.data.train:
         raise ConfigError("this key is required", where="data.train", hint="name a file, or a bundled set")
-    named = find(config.model)
+    named = find(root_of(config.model, ahead))
     folder = resolve(named.model)
     validate_folder(folder)
+    if config.model in ahead:
+        check_promise(config, ahead[config.model])
+        named = replace(named, adapter=None)
     if named.adapter is not None:
         check_start(config, named.adapter)
+    _check_rewards(config, ahead)
     settings = read_json(folder / "config.json", ModelError)
     config.objective.check(settings)
     config.method.check(settings)
@@ -189,9 +201,19 @@ def prepare(config: Config) -> Prepared:
     )
     problem, start = train.problem, named.adapter
     if not config.data.eval:
-        return Prepared(config, folder, codec, train, train_statistics, problem=problem, start=start)
+        return Prepared(config, folder, codec, train, train_statistics, problem=problem, start=start, ahead=ahead)
     judged, judged_statistics = read_data(config.data.eval, config.data, codec, "data.eval", problem, taken, compares)
-    return Prepared(config, folder, codec, train, train_statistics, judged, judged_statistics, problem, start)
+    return Prepared(config, folder, codec, train, train_statistics, judged, judged_statistics, problem, start, ahead)
+
+
+def _check_rewards(config: Config, ahead: Mapping[str, Config]) -> None:
+    """Raises ConfigError where a reward model is not there, and will not be."""
+    objective = config.objective
+    for reward in open_rewards(objective.reward) if isinstance(objective, Sampled) else []:
+        if isinstance(reward, Trained) and reward.run in ahead:
+            check_promised_reward(config, reward.run, ahead)
+        else:
+            reward.check_there()
 
 
 def read_data(
