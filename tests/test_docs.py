@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from tunesmith.adapt.methods import METHODS
 from tunesmith.cli.main import app
-from tunesmith.config import DEFAULTS, Config, build_config, load_config
+from tunesmith.config import DEFAULTS, Config, build_config
 from tunesmith.core.yaml import read_yaml_text
 from tunesmith.data.formats import FORMATS, convert, fits
 from tunesmith.data.section import DataSection, Part
@@ -30,6 +30,7 @@ from tunesmith.models.bundled import MODELS
 from tunesmith.models.families import FAMILIES
 from tunesmith.objectives.objectives import OBJECTIVES
 from tunesmith.parallel.layout import LayoutSection
+from tunesmith.run.stages import load_stages
 from tunesmith.train.section import PrecisionSection, StopSection, TrainSection
 
 ROOT = Path(__file__).parent.parent
@@ -170,7 +171,7 @@ def test_the_short_configuration_of_the_page_is_one() -> None:
 @pytest.mark.parametrize("recipe", sorted((ROOT / "tunesmith" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_a_configuration(recipe: Path) -> None:
     """Kills: a key that was renamed and left in a recipe."""
-    load_config(recipe)
+    load_stages(recipe)
 
 
 # tables
