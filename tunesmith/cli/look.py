@@ -69,7 +69,7 @@ def _show_rows(dataset: Any, rows: int) -> None:
         if preview.rank and not preview.supervised_tokens:  # an encoder reads an answer to score it
             continue
         if dataset.answered:
-            console.print(Text.assemble(("writes after it: ", "dim"), f"up to {dataset.answered} tokens, rewarded"))
+            console.print(Text.assemble(("writes after it: ", "dim"), f"up to {dataset.answered} tokens of its own"))
             continue
         # colour alone does not survive a pipe or a colour-blind reader
         learnt = "".join(piece.text for piece in preview.pieces if piece.supervised)

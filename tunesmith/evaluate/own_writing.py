@@ -15,6 +15,7 @@ from tunesmith.evaluate.verdict import mapping, number
 FOLLOWED = {
     "reward": ("Reward", "mean reward"),
     "kl": ("Divergence from the reference, nats a token", "KL"),
+    "divergence": ("Distance from the teacher, nats a token", "distance"),
     "entropy": ("Entropy, nats a token", "entropy"),
     "completion_tokens": ("Length of completions", "tokens"),
     "clip_share": ("Share of actions that are clipped", "clipped"),

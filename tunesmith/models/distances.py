@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from tunesmith.core.errors import ConfigError
+from tunesmith.core.types import Likeliest
 from tunesmith.models.cross_entropy import chunk_rows
 from tunesmith.models.modes import evaluating
 from tunesmith.models.route import checkpoint_contexts
 
 if TYPE_CHECKING:
-    from tunesmith.core.types import Batch, Likeliest
+    from tunesmith.core.types import Batch
     from tunesmith.models.policy import Policy
 
 Losses = Callable[[Tensor, slice], Tensor]
@@ -75,6 +77,24 @@ def coarse(logits: Tensor, places: Tensor) -> Tensor:
     whole = logits.logsumexp(-1, keepdim=True)
     others = logits.scatter(-1, places, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.cat([logits.gather(-1, places), others], -1) - whole
+
+
+@torch.no_grad()
+def ask(teacher: Policy, batch: Batch, count: int, temperature: float) -> Likeliest:
+    """What a teacher holds most probable at every supervised position, to be kept. Raises ConfigError for a `count`
+    that leaves nothing of its vocabulary."""
+    with evaluating(teacher.model):
+        hidden = teacher.hidden(batch, batch.sources)
+    found = []
+    for rows in _slices(hidden):
+        with teacher.route.enter():
+            logits = teacher.head_logits(hidden[rows]) / temperature
+        if count >= logits.shape[-1]:
+            told = f"{count} is not below the vocabulary, {logits.shape[-1]}"
+            raise ConfigError(told, where="objective.top_k", hint="leave it out to ask for all")
+        found.append(likeliest(logits, count))
+    places, logprobs = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Likeliest(places.int(), logprobs.float())
 
 
 def taught(student: Policy, teacher: Policy | None, batch: Batch, distance: Distance, hard: float) -> Tensor:
@@ -160,7 +180,9 @@ class _AtOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, losses: Losses, route: Route) -> Tensor:
-        parts, gradients, learns = [], [], ctx.needs_input_grad[0]
+        learns = ctx.needs_input_grad[0]
+        parts: list[Tensor] = []
+        gradients: list[Tensor] = []
         for rows in _slices(hidden):
             with route(), torch.set_grad_enabled(learns):
                 part = hidden[rows].detach().requires_grad_(learns)

@@ -80,8 +80,23 @@ class Objective(Section):
 
     @property
     def samples(self) -> bool:
-        """Whether it learns from what the model writes itself (`sampled.Sampled`)."""
+        """Whether it learns from what the model writes itself."""
         return self.answered > 0
+
+    @property
+    def completions(self) -> int:
+        """Completions of each prompt, where it learns from such."""
+        return 1
+
+    @property
+    def parts(self) -> int:
+        """Updates that one pass over what was written together is cut into."""
+        return 1
+
+    @property
+    def passes(self) -> int:
+        """How often each completion is used."""
+        return 1
 
     @property
     def has_values(self) -> bool:

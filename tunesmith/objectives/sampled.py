@@ -98,26 +98,6 @@ class Sampled(Objective):
         return self.max_new_tokens
 
     @property
-    def completions(self) -> int:
-        """Completions of each prompt."""
-        return 1
-
-    @property
-    def parts(self) -> int:
-        """Updates that one pass over the completions of a rollout is cut into."""
-        return 1
-
-    @property
-    def passes(self) -> int:
-        """How often each completion is used."""
-        return 1
-
-    @property
-    def has_values(self) -> bool:
-        """Whether a value head learns to expect the reward."""
-        return False
-
-    @property
     def needs_old(self) -> bool:
         """Whether log-probabilities have to be known before the first update."""
         return self.passes * self.parts > 1

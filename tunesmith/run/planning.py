@@ -15,9 +15,11 @@ from tunesmith.run.prepare import Prepared
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tunesmith.adapt.adapter import Adapter
     from tunesmith.config import Config
     from tunesmith.core.types import Batch
     from tunesmith.models.load import Loaded
+    from tunesmith.models.policy import Policy
     from tunesmith.models.recompute import How, Recompute
     from tunesmith.plan.calibration import Calibration
     from tunesmith.plan.plan import Plan
@@ -68,10 +70,11 @@ def plan_run(
     batch = met[0].seen.batch
     lengths, share = batch.lengths, batch.targets.numel() / max(1, batch.ids.numel())
     spread = _spread(prepared, shape, loaded.model.dtype.itemsize, lengths, micro_batches)
+    policy.teacher = _teacher(prepared, policy)
     policy.value = value_head(loaded, config.train.seed) if config.objective.has_values else None
     trained = [*adapter.parameters.values(), *(policy.value.parameters() if policy.value is not None else ())]
-    heads = [head for head in (adapter.head, policy.value) if head is not None]
-    model = (nn.ModuleList([loaded.model, *heads]) if heads else loaded.model).train(trains)
+    beside = _beside(policy, adapter)
+    model = (nn.ModuleList([loaded.model, *beside]) if beside else loaded.model).train(trains)
     speed = (calibration or calibrate(shape, sum(lengths), compute)) if calibrated else None
 
     def made(how: How | Recompute) -> Plan:
@@ -136,6 +139,29 @@ def open_meta(prepared: Prepared) -> Loaded:
     loaded = meta(str(prepared.folder), dtype=resolve(precision), base=precision.base)
     loaded.predicts = prepared.problem
     return loaded
+
+
+def _beside(policy: Policy, adapter: Adapter) -> list[Any]:
+    """What a run holds beside its model: heads, and a teacher that is another model."""
+    teacher = [] if policy.teacher is None or policy.teacher.model is policy.model else [policy.teacher.model]
+    return [*(head for head in (adapter.head, policy.value) if head is not None), *teacher]
+
+
+def _teacher(prepared: Prepared, policy: Policy) -> Policy | None:
+    """A stand-in for the teacher, asked in every step: the student's base, or the other model without weights."""
+    from tunesmith.models.load import meta
+    from tunesmith.models.policy import Policy
+    from tunesmith.models.route import BASE
+    from tunesmith.train.precision import resolve
+
+    found = prepared.teacher
+    if found is None:
+        return None
+    if found.beside:
+        return policy.under(BASE)
+    loaded = meta(str(found.folder), dtype=resolve(prepared.config.precision))
+    loaded.model.requires_grad_(False)
+    return Policy(loaded, packed=prepared.config.data.packing)
 
 
 def _spread(

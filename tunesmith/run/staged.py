@@ -6,6 +6,7 @@ What a stage leaves behind is a run folder like any other; the list itself is `s
 from __future__ import annotations
 
 import gc
+import time
 from pathlib import Path
 
 from tunesmith.config import Config
@@ -45,7 +46,8 @@ def run_stages(stages: Stages, *, resume: bool = False) -> Path:
         for number, stage in enumerate(stages.stages, 1):
             say(f"\nstage {number} of {len(names)}: {stage.name}")
             with naming_stage(stages, stage):
-                run(stage.config, resume=resume and RunFolder(stage.config.out).exists)
+                again = resume and RunFolder(stage.config.out).exists
+                run(stage.config, resume=again, began=None if number == 1 else time.time())
             gc.collect()  # the next model needs the memory
         report = write_report(stages.out)
     say(f"\nall stages are finished\nreport {report}")

@@ -94,6 +94,21 @@ def receive(prepared: Prepared, loaded: Loaded) -> Adapter | None:
     return load_adapter(loaded, prepared.start, RECEIVED)
 
 
+def beside(loaded: Loaded, folder: Path, name: str) -> Adapter:
+    """An adapter that stands on a model under a name of its own, frozen, and changes nothing about what trains there.
+
+    Raises AdapterError for one of another base.
+    """
+    from tunesmith.adapt.store import load_adapter
+
+    # an adapter that is put on a model decides what trains there
+    trains = [(parameter, parameter.requires_grad) for parameter in loaded.model.parameters()]
+    adapter = load_adapter(loaded, folder, name)
+    for parameter, does in [*trains, *((parameter, False) for parameter in adapter.parameters.values())]:
+        parameter.requires_grad_(does)
+    return adapter
+
+
 def route_of(received: Adapter | None) -> Route:
     """The model as the run received it."""
     from tunesmith.models.route import BASE
