@@ -12,9 +12,10 @@ from tiny_models import tiny_batch, tiny_loaded, with_exact_norms
 from torch import Tensor
 
 from tunesmith.adapt.lora import LoRA
+from tunesmith.core.errors import ConfigError
 from tunesmith.core.types import Batch, Likeliest
 from tunesmith.models import distances
-from tunesmith.models.distances import Distance, coarse, likeliest
+from tunesmith.models.distances import Distance, ask, coarse, likeliest
 from tunesmith.models.policy import Policy
 from tunesmith.objectives.distill import Distill
 
@@ -85,6 +86,15 @@ def test_the_divergence_is_that_of_trl() -> None:
 # in a model
 
 
+def test_a_teacher_is_not_asked_for_all_of_its_tokens() -> None:
+    """Kills: a rest without mass, whose logarithm is not finite."""
+    policy, batch, _ = setting(False)
+    assert policy.teacher is not None
+    with pytest.raises(ConfigError, match="97 is not below the vocabulary"):
+        ask(policy.teacher, batch, 97, 1.0)
+    assert ask(policy.teacher, batch, 96, 1.0).logprobs.isfinite().all()
+
+
 def setting(head_trains: bool) -> tuple[Policy, Batch, dict[str, Any]]:
     """A student under a policy with a teacher beside it, in float64, and what trains."""
     student, teacher = (with_exact_norms(tiny_loaded("llama", seed=seed)) for seed in (0, 7))
@@ -136,7 +146,7 @@ def test_chunks_give_the_loss_and_gradients_of_whole_matrices(
     assert found.weight == len(batch.targets)
     gradients = torch.autograd.grad(3 * found.total, list(parameters.values()))
     for name, ours, theirs in zip(parameters, gradients, wanted, strict=True):
-        torch.testing.assert_close(ours, 3 * theirs, rtol=1e-9, atol=1e-12, msg=lambda told: f"{name}: {told}")
+        torch.testing.assert_close(ours, 3 * theirs, rtol=1e-9, atol=1e-12, msg=name)
     shares = 0.75 * 1.7**2 * found.facts["divergence"] + 0.25 * found.facts["hard_loss"]
     torch.testing.assert_close(found.total.detach(), shares, rtol=1e-12, atol=0)
 

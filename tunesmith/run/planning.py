@@ -13,7 +13,7 @@ from tunesmith.run.largest import judged, largest
 from tunesmith.run.prepare import Prepared
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from tunesmith.adapt.adapter import Adapter
     from tunesmith.config import Config
@@ -41,7 +41,6 @@ def plan_run(
         chosen: what an earlier plan of the run chose to recompute, for `train.recompute: auto`; None chooses now.
     """
     import torch
-    from torch import nn
 
     from tunesmith.models.heads import value_head
     from tunesmith.models.policy import Policy
@@ -73,8 +72,7 @@ def plan_run(
     policy.teacher = _teacher(prepared, policy)
     policy.value = value_head(loaded, config.train.seed) if config.objective.has_values else None
     trained = [*adapter.parameters.values(), *(policy.value.parameters() if policy.value is not None else ())]
-    beside = _beside(policy, adapter)
-    model = (nn.ModuleList([loaded.model, *beside]) if beside else loaded.model).train(trains)
+    model = _whole(policy, adapter).train(trains)
     speed = (calibration or calibrate(shape, sum(lengths), compute)) if calibrated else None
 
     def made(how: How | Recompute) -> Plan:
@@ -141,10 +139,13 @@ def open_meta(prepared: Prepared) -> Loaded:
     return loaded
 
 
-def _beside(policy: Policy, adapter: Adapter) -> list[Any]:
-    """What a run holds beside its model: heads, and a teacher that is another model."""
+def _whole(policy: Policy, adapter: Adapter) -> nn.Module:
+    """The model of a run with what it holds beside it: heads, and a teacher that is another model."""
+    from torch import nn
+
     teacher = [] if policy.teacher is None or policy.teacher.model is policy.model else [policy.teacher.model]
-    return [*(head for head in (adapter.head, policy.value) if head is not None), *teacher]
+    beside = [*(head for head in (adapter.head, policy.value) if head is not None), *teacher]
+    return nn.ModuleList([policy.model, *beside]) if beside else policy.model
 
 
 def _teacher(prepared: Prepared, policy: Policy) -> Policy | None:
