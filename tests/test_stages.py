@@ -16,8 +16,13 @@ from tunesmith.evaluate.report import write_report
 from tunesmith.run.opening import find
 from tunesmith.run.staged import prepare_stage, run_stages
 from tunesmith.run.stages import build_stages, load_stages
+from tunesmith.train import trainer
 
 NAMES = ["sft", "reward", "policy"]
+
+
+class Killed(BaseException):
+    """What nobody catches."""
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +160,31 @@ def test_each_stage_is_a_run_that_begins_where_those_before_it_ended(folder: Pat
     assert list(facts[2]["data"]["start"]["sha256"]) == [str(done / "sft" / "adapter")]
     assert any("reward" in path for path in facts[2]["data"]["rewards"]["sha256"])
     assert find(str(done)).adapter == done / "policy" / "adapter"
+
+
+@pytest.mark.slow
+def test_a_list_that_is_killed_goes_on_inside_the_stage_that_was_cut(
+    folder: Path, done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every stage in turn, to the same bytes. Kills: a stage that begins again; a check that asks too much."""
+    seen, cuts = trainer._Run._step, [("sft", 1), ("reward", 2), ("policy", 2)]
+
+    def broken(self: Any, step: Any) -> Any:
+        if cuts and (self.keeper.checkpoints.folder.parent.name, self.state.step) == cuts[0]:
+            cuts.pop(0)
+            raise Killed
+        return seen(self, step)
+
+    monkeypatch.setattr(trainer._Run, "_step", broken)
+    stages = build_stages(rlhf(folder, "cut"))
+    for resume in (False, True, True):
+        with pytest.raises(Killed):
+            run_stages(stages, resume=resume)
+    run_stages(stages, resume=True)
+    for name in NAMES:
+        ours, whole = (path / name / "adapter" for path in (folder / "cut", done))
+        for path in whole.glob("*.safetensors"):
+            assert (ours / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_a_finished_list_is_left_alone_and_another_is_refused(folder: Path, done: Path) -> None:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.config import Config, differences
 from tunesmith.core.errors import ConfigError, ModelError
 from tunesmith.core.files import read_json
+from tunesmith.models.source import resolve
+from tunesmith.run.opening import find
 
 if TYPE_CHECKING:
     from tunesmith.adapt.adapter import Adapter
@@ -47,9 +49,9 @@ def check_promised_reward(config: Config, run: str, ahead: Mapping[str, Config])
         hint = "objective: reward with a method that saves an adapter, such as lora, scores answers"
         raise ConfigError(told, where="objective.reward", hint=hint)
     whole = next((out for out in _line(config.model, ahead) if ahead[out].method.trains_all), None)
-    bases = root_of(scorer.model, ahead), root_of(config.model, ahead)
+    bases = [resolve(find(root_of(model, ahead)).model) for model in (scorer.model, config.model)]
     if whole is not None or bases[0] != bases[1]:
-        told = f"{run} scores on {bases[0]}, and this run stands on {whole or bases[1]}"
+        told = f"{run} scores on {scorer.model}, and this run stands on {whole or config.model}"
         raise ConfigError(told, where="objective.reward", hint="both need the same base")
 
 
