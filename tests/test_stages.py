@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tiny_folders import tiny_folder
 
+from tunesmith.cli.main import main
 from tunesmith.config import as_dict
 from tunesmith.core.errors import CheckpointError, ConfigError
 from tunesmith.core.yaml import write_yaml_text
@@ -213,6 +214,23 @@ def test_the_report_of_a_list_shows_every_stage(done: Path) -> None:
     (done / "stages.yaml").write_text("stages: [sft, reward, policy, later]\n")
     assert "Not begun yet" in write_report(done).read_text()
     (done / "stages.yaml").write_text("stages: [sft, reward, policy]\n")
+
+
+def test_check_and_plan_say_what_they_say_of_every_stage(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With nothing there yet. Kills: a command that looks at the first stage alone; a document that is several."""
+    path = tmp_path / "rlhf.yaml"
+    path.write_text(write_yaml_text({**rlhf(folder), "out": str(tmp_path / "out")}))
+    for command in ("check", "plan"):
+        with pytest.raises(SystemExit) as ended:
+            main([command, str(path), "--json"])
+        assert ended.value.code == 0
+        assert [stage["name"] for stage in json.loads(capsys.readouterr().out)["stages"]] == NAMES
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(path), "--max-batch"])
+    assert ended.value.code == 2
+    assert "the file has the stages sft reward policy" in capsys.readouterr().err
 
 
 def test_a_stage_can_be_planned_before_those_it_needs_are_there(folder: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tunesmith.run import run
 from tunesmith.run.kept_teaching import KeptTeaching
 from tunesmith.run.opening import open_model
 from tunesmith.run.own_answers import OwnAnswers
+from tunesmith.run.planning import plan_run
 from tunesmith.run.prepare import prepare
 from tunesmith.run.teaching import Teaching
 from tunesmith.train import trainer
@@ -220,6 +221,15 @@ def test_a_teacher_or_setting_that_cannot_be_is_refused(
         tiny_folder(folder / "words", tokenizer={"vocab_size": 320})
     with pytest.raises(Exception, match=told):
         prepare(distil(folder, "refused", **changes))
+
+
+def test_a_plan_counts_a_teacher_that_is_a_second_model(folder: Path) -> None:
+    """Kills: a plan without the teacher's weights, or with those of one that is a route."""
+    plans = {name: plan_run(prepare(distil(folder, "p", name)), calibrated=False) for name in ("teacher", "deeper")}
+    more = plans["deeper"].memory.weights_bytes - plans["teacher"].memory.weights_bytes
+    deeper = open_model(str(folder / "deeper"), precision="fp32").loaded.model
+    assert more == pytest.approx(sum(one.numel() * 4 for one in deeper.parameters()), rel=0.02)
+    assert plans["deeper"].parameters.trainable == plans["teacher"].parameters.trainable
 
 
 def test_divergence_is_measured_with_a_teacher_alone(folder: Path) -> None:
