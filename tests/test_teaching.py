@@ -57,10 +57,13 @@ def config(folder: Path, objective: Any, out: str, **changes: Any) -> Config:
     return build_config({**raw, **changes})
 
 
-def distil(folder: Path, out: str, teacher: str = "teacher", method: Any = None, **settings: Any) -> Config:
+def distil(
+    folder: Path, out: str, teacher: str = "teacher", method: Any = None, layout: Any = None, **settings: Any
+) -> Config:
     objective = {"kind": "distill", "teacher": str(folder / teacher), **settings}
     judged = {"evaluate": {"metrics": ["divergence", "loss"], "every": 3}}
-    return config(folder, objective, out, **judged, **({"method": method} if method else {}))
+    more = {key: value for key, value in {"method": method, "layout": layout}.items() if value}
+    return config(folder, objective, out, **judged, **more)
 
 
 def records(done: Path) -> list[dict[str, Any]]:
@@ -210,6 +213,7 @@ def test_the_student_answers_its_share_of_the_rows_and_learns_what_it_wrote(fold
         ({"beta": 0.3}, "beta has no effect with divergence forward"),
         ({"top_k": 4, "on_policy": 0.5}, "on_policy makes new ones"),
         ({"max_new_tokens": 9}, "the student writes nothing"),
+        ({"layout": {"data": 2}}, "distill runs in one process"),
     ],
 )
 def test_a_teacher_or_setting_that_cannot_be_is_refused(

@@ -169,8 +169,6 @@ def contradictions(config: Config, where: str) -> list[ConfigError]:
     for key in ("metrics", "every", "shots", "rows"):
         if getattr(judged, key) and not config.data.eval:
             say(f"evaluate.{key}", "nothing to evaluate on: data.eval is not set", "set data.eval")
-    if "divergence" in judged.metrics and config.objective.kind != "distill":
-        say("evaluate.metrics", "divergence is from a teacher, which objective: distill alone has", "leave it out")
     if config.objective.predicts or config.objective.compares:
         found += _unfit_for_labels(config, where)
     if config.objective.needs_reference and config.method.trains_all:
@@ -178,7 +176,7 @@ def contradictions(config: Config, where: str) -> list[ConfigError]:
         say("objective", told, "set method to lora or top_layers, or objective to {kind: dpo, loss: orpo}")
     if config.objective.samples:
         found += _unfit_for_samples(config, where)
-    for key, message, hint in _unfit_stop(config):
+    for key, message, hint in (*_unfit_stop(config), *_unfit_teaching(config)):
         say(key, message, hint)
     for key, message, hint in refusals(config):
         say(key, message, hint)
@@ -200,6 +198,15 @@ def _unfit_stop(config: Config) -> Iterator[tuple[str, str, str]]:
         known = " ".join(dict.fromkeys(("loss", *judged.metrics)))
         told = f"{stop.metric!r} is not measured; there are {known}"
         yield "train.stop.metric", told, "add it to evaluate.metrics"
+
+
+def _unfit_teaching(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Key, message and hint of what needs a teacher, or cannot be with one."""
+    objective = config.objective
+    if "divergence" in config.evaluate.metrics and objective.kind != "distill":
+        yield "evaluate.metrics", "divergence is from a teacher, which objective: distill alone has", "leave it out"
+    if objective.kind == "distill" and config.layout.processes > 1 and not objective.samples:
+        yield "layout", "distill runs in one process", "leave it out"
 
 
 def _unfit_for_labels(config: Config, where: str) -> list[ConfigError]:

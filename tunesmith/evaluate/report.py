@@ -20,6 +20,7 @@ from tunesmith.core.files import os_error, read_json, strict_loads, write_atomic
 from tunesmith.core.visible import visible
 from tunesmith.core.yaml import read_yaml_text
 from tunesmith.evaluate import story
+from tunesmith.evaluate.stage_list import holds_stages
 
 MOST_SAMPLES = 40
 
@@ -33,7 +34,7 @@ def write_report(run_folder: Path | str) -> Path:
         ResourceError: the page cannot be written.
     """
     folder = Path(run_folder)
-    if (folder / "stages.yaml").exists():
+    if holds_stages(folder):
         from tunesmith.evaluate.stages_page import write_stages_report
 
         return write_stages_report(folder)

@@ -1,6 +1,6 @@
 """The page of a list of stages: what each came to, in their order, with its own report behind a link.
 
-Whether a folder is one is said by `stages.yaml`; what a stage's figures mean is `story`'s.
+Whether a folder is one says `stage_list`; what a stage's figures mean is `story`'s.
 """
 
 from __future__ import annotations
@@ -8,22 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.errors import CheckpointError
 from tunesmith.core.files import write_atomic
-from tunesmith.core.yaml import read_yaml
 from tunesmith.evaluate import story
 from tunesmith.evaluate.report import read_files, render_page, write_report
-
-LIST = "stages.yaml"
-
-
-def names_in(folder: Path) -> list[str]:
-    """The stages of a folder, in their order. Raises CheckpointError for a damaged list."""
-    found = read_yaml(folder / LIST)
-    names = found.get("stages") if isinstance(found, dict) else None
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise CheckpointError("damaged: not a list of stages", where=str(folder / LIST))
-    return names
+from tunesmith.evaluate.stage_list import names_in
 
 
 def write_stages_report(folder: Path) -> Path:

@@ -17,7 +17,7 @@ from tunesmith.core.problem import HEAD_KEY, HEAD_SETTINGS, Problem, read_proble
 from tunesmith.data.codec import Codec
 from tunesmith.data.templates import Template, open_template
 from tunesmith.evaluate.metrics import OF_PROBLEM
-from tunesmith.evaluate.stages_page import LIST, names_in
+from tunesmith.evaluate.stage_list import holds_stages, names_in
 from tunesmith.models.families import Family, family_of
 from tunesmith.run.folder import RunFolder
 
@@ -108,7 +108,7 @@ class Opened:
 def find(source: str) -> Named:
     """What `source` stands for; of stages, the last. Raises ModelError where a run has no result yet."""
     folder = Path(source)
-    if (folder / LIST).exists():
+    if holds_stages(folder):
         return replace(find(str(folder / names_in(folder)[-1])), name=source)
     run = RunFolder(folder)
     if run.exists:

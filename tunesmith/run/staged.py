@@ -13,7 +13,7 @@ from tunesmith.config import Config
 from tunesmith.core.errors import CheckpointError, ConfigError
 from tunesmith.core.files import FolderLock, os_error, write_atomic
 from tunesmith.core.yaml import write_yaml_text
-from tunesmith.evaluate.stages_page import LIST, names_in
+from tunesmith.evaluate.stage_list import LIST, holds_stages, names_in
 from tunesmith.run import run, say
 from tunesmith.run.folder import RunFolder, check_state, check_writable
 from tunesmith.run.prepare import Prepared, prepare
@@ -77,7 +77,7 @@ def _check_list(stages: Stages, resume: bool) -> None:
     where = str(stages.out)
     if RunFolder(stages.out).exists:
         raise ConfigError("this folder holds a run of its own", where=f"out: {where}", hint="choose another out:")
-    if not (stages.out / LIST).exists():
+    if not holds_stages(stages.out):
         if resume:
             raise CheckpointError("nothing to resume: no stage was begun here", where=where, hint="leave out --resume")
         return
