@@ -111,6 +111,9 @@ def test_a_teacher_on_the_same_base_is_a_route_and_stays_as_it_is(
     teaching = Teaching(prepared, loaded, "fp32")
     adapter = prepared.config.method.attach(loaded, seed=0)
     policy = Policy(loaded, adapter.route)
+    assert teaching.adapter is not None
+    for parameter in teaching.adapter.parameters.values():
+        parameter.requires_grad_(True)  # as methods do that make copies
     teaching.stand_by(policy)
     assert policy.teacher is not None
     assert policy.teacher.model is loaded.model

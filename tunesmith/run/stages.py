@@ -89,6 +89,7 @@ def load_stages(path: Path | str, overrides: list[str] | None = None) -> Stages:
 
 def build_stages(raw: Mapping[str, Any], where: str = "config", overrides: list[str] | None = None) -> Stages:
     """The runs of a plain dictionary with a list of stages. Raises ConfigError listing all problems."""
+    raw = deepcopy(dict(raw))
     shared = {key: value for key, value in raw.items() if key != "stages"}
     entries = raw["stages"]
     _check_names(entries, where)
@@ -97,21 +98,14 @@ def build_stages(raw: Mapping[str, Any], where: str = "config", overrides: list[
     if not isinstance(out, str) or not out:
         raise ConfigError("the folder of all stages is required", where=f"{where}: out")
     problems, stages = Problems(), []
-    for number, entry in enumerate(entries):
-        place = f"{where}, stage {entry['name']}"
+    for number, name in enumerate(names):
+        place = f"{where}, stage {name}"
         try:
-            if "out" in entry:
-                raise ConfigError(f"is {out}/{entry['name']}; it is not set", where=f"{place}: out")
-            settings = _merged(shared, {key: value for key, value in entry.items() if key != "name"})
-            folders = {name: f"{out}/{name}" for name in names[:number]}
+            settings = _merged(shared, entries[number])
             for key in ("model", "objective"):
-                settings[key] = _referred(settings.get(key), folders, names, f"{place}: {key}")
-            settings = {key: value for key, value in settings.items() if value is not None}
-            config = build_config({**settings, "out": f"{out}/{entry['name']}"}, place)
-            if config.layout.processes > 1:
-                hint = "give the stage a file of its own, and `tunesmith launch` it"
-                raise ConfigError("a list of stages runs in one process", where=f"{place}: layout", hint=hint)
-            stages.append(Stage(entry["name"], config))
+                before = {one: f"{out}/{one}" for one in names[:number]}
+                settings[key] = _referred(settings.get(key), before, names, f"{place}: {key}")
+            stages.append(Stage(name, _config_of(settings, f"{out}/{name}", "out" in entries[number], place)))
         except ConfigError as error:
             problems.add(error)
     problems.raise_if_any()
@@ -130,6 +124,18 @@ def naming_stage(stages: Stages, stage: Stage) -> Iterator[None]:
         elif known:
             error.where = f"{stages.file}: {error.where}"
         raise
+
+
+def _config_of(settings: Mapping[str, Any], out: str, names_out: bool, place: str) -> Config:
+    """The configuration of a stage from its sections, references resolved. Raises ConfigError."""
+    if names_out:
+        raise ConfigError(f"is {out}; it is not set", where=f"{place}: out", hint="leave it out")
+    given = {key: value for key, value in settings.items() if value is not None and key != "name"}
+    config = build_config({**given, "out": out}, place)
+    if config.layout.processes > 1:
+        hint = "give the stage a file of its own, and `tunesmith launch` it"
+        raise ConfigError("a list of stages runs in one process", where=f"{place}: layout", hint=hint)
+    return config
 
 
 def _check_names(entries: Any, where: str) -> None:
