@@ -72,6 +72,7 @@ def test_what_is_kept_of_a_teacher_keeps_all_mass_and_bounds_the_whole_from_belo
     assert torch.autograd.gradcheck(lambda x: distance(kept, coarse(x, places)), y.requires_grad_())
 
 
+@pytest.mark.slow
 def test_the_divergence_is_that_of_trl() -> None:
     """With its function of GKD, on all settings that both have. Kills: a convention of its own."""
     trainer = pytest.importorskip("trl.experimental.gkd.gkd_trainer").GKDTrainer

@@ -154,6 +154,7 @@ def done(folder: Path) -> Path:
     return run_stages(load_stages(path))
 
 
+@pytest.mark.slow
 def test_each_stage_is_a_run_that_begins_where_those_before_it_ended(folder: Path, done: Path) -> None:
     """Kills: a policy that begins with the base; a reward that is another run's; a list that stands for its first."""
     facts = [json.loads((done / name / "run.json").read_text()) for name in NAMES]
@@ -188,6 +189,7 @@ def test_a_list_that_is_killed_goes_on_inside_the_stage_that_was_cut(
             assert (ours / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_a_finished_list_is_left_alone_and_another_is_refused(folder: Path, done: Path) -> None:
     """Kills: stages that run twice; a changed list or stage that goes on as if nothing were."""
     before = {path: path.stat().st_mtime_ns for path in done.rglob("*.safetensors")}
@@ -205,6 +207,7 @@ def test_a_finished_list_is_left_alone_and_another_is_refused(folder: Path, done
         run_stages(build_stages(rlhf(folder, "elsewhere")), resume=True)
 
 
+@pytest.mark.slow
 def test_the_report_of_a_list_shows_every_stage(done: Path) -> None:
     """Kills: a page of one stage; a link that leads nowhere; a stage that was never begun and breaks the page."""
     page = write_report(done).read_text()
@@ -216,6 +219,7 @@ def test_the_report_of_a_list_shows_every_stage(done: Path) -> None:
     (done / "stages.yaml").write_text("stages: [sft, reward, policy]\n")
 
 
+@pytest.mark.slow
 def test_check_and_plan_say_what_they_say_of_every_stage(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -230,6 +230,7 @@ def test_a_teacher_or_setting_that_cannot_be_is_refused(
         prepare(distil(folder, "refused", **changes))
 
 
+@pytest.mark.slow
 def test_a_plan_counts_a_teacher_that_is_a_second_model(folder: Path) -> None:
     """Kills: a plan without the teacher's weights, or with those of one that is a route."""
     plans = {name: plan_run(prepare(distil(folder, "p", name)), calibrated=False) for name in ("teacher", "deeper")}
