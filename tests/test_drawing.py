@@ -79,12 +79,13 @@ def test_a_command_that_was_cut_ends_with_the_same_file(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kills: draws that depend on what was drawn before; half a line that is believed; answers of other settings."""
+    monkeypatch.setattr(module, "CHUNK", 4)
     whole, _ = draw(folder, tmp_path / "whole.jsonl")
     seen, calls = module._Writer.__call__, []
 
     def broken(self: Any, prompts: Any, number: int) -> Any:
         calls.append(number)
-        if number == 1 and len(calls) == 2:
+        if calls in ([0, 1], [0, 1, 1, 2]):
             raise KeyboardInterrupt
         return seen(self, prompts, number)
 
@@ -96,11 +97,23 @@ def test_a_command_that_was_cut_ends_with_the_same_file(
     part.write_bytes(part.read_bytes() + b'[[{"text": "half')
     with pytest.raises(ConfigError, match="holds answers of another model"):
         draw(folder, out, seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        draw(folder, out)
     assert draw(folder, out)[0] == whole
-    assert calls == [0, 1, 1]
+    assert calls == [0, 1, 1, 2, 2]
     assert not part.exists()
     with pytest.raises(ConfigError, match="exists already"):
         draw(folder, out)
+
+
+def test_every_chunk_draws_anew(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kills: a seed that chunks share, with which the same places of all draw alike."""
+    (folder / "same.jsonl").write_text('{"prompt": "name it", "answer": "a"}\n' * 4)
+    monkeypatch.setattr(module, "CHUNK", 2)
+    drawing = Drawing(max_tokens=6, temperature=1.0)
+    out = tmp_path / "same.jsonl"
+    draw_rows(str(folder / "model"), str(folder / "same.jsonl"), str(out), drawing, None, "auto")
+    assert len({json.loads(line)["messages"][-1]["content"] for line in out.read_text().splitlines()}) == 4
 
 
 def test_rows_are_of_a_format_that_is_learnt_from(folder: Path, tmp_path: Path) -> None:
