@@ -32,7 +32,8 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(1)
     config: Any = load_config(options.config)
-    shown, found = [], {}
+    shown: list[tuple[str, str, float]] = []
+    found: dict[str, Any] = {}
     for number, name in enumerate(options.models):
         asked = Asked(config, name, options.rows)
         if number == 0:
@@ -68,6 +69,7 @@ class Asked:
     """A model and held-out prompts for it."""
 
     def __init__(self, config: Any, name: str, rows: int) -> None:
+        from tunesmith.data.encode import Prompt
         from tunesmith.evaluate.rewards import open_rewards
         from tunesmith.run.opening import open_model
         from tunesmith.run.prepare import read_data
@@ -77,7 +79,8 @@ class Asked:
         limit = self.objective.max_new_tokens
         self.data, _ = read_data(config.data.eval, config.data, self.opened.codec, "data.eval", answered=limit)
         self.train, _ = read_data(config.data.train, config.data, self.opened.codec, "data.train")
-        self.prompts = [self.data.prompt(*place) for place in islice(self.data.places(), rows)]
+        prompts = (self.data.prompt(*place) for place in islice(self.data.places(), rows))
+        self.prompts = [one for one in prompts if isinstance(one, Prompt)]
 
     def constant(self) -> list[float]:
         """What the commonest answer of the training rows earns with each prompt."""

@@ -106,7 +106,7 @@ def counted() -> Any:
             self.now_bytes -= size
 
     def is_packed(leaf: Any) -> bool:
-        return isinstance(leaf, torch.Tensor) and leaf.layout is torch._mkldnn
+        return isinstance(leaf, torch.Tensor) and leaf.layout is torch._mkldnn  # type: ignore[attr-defined]
 
     return Counted()
 

@@ -100,7 +100,7 @@ def test_a_folder_that_scores_nothing_is_no_reward(folder: Path, what: str, tmp_
     if what == "sft":
         place = run(config(folder, {"kind": "sft"}, "sft", data={"train": str(write_answers(tmp_path))}))
     with pytest.raises(ConfigError, match="no run with an adapter" if what == "nothing" else "no head that scores"):
-        open_rewards([{"kind": "run", "run": str(place)}])
+        open_rewards([{"kind": "run", "run": str(place)}])[0].check_there()
 
 
 def write_answers(folder: Path) -> Path:

@@ -84,6 +84,9 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> Config:
 
 def build_config(raw: dict[str, Any], where: str = "config") -> Config:
     """The configuration in a plain dictionary. Raises ConfigError listing all problems."""
+    if "stages" in raw:
+        hint = "`tunesmith tune`, `check` and `plan` take it"
+        raise ConfigError("a list of stages; one run is needed here", where=f"{where}: stages", hint=hint)
     problems = Problems()
     values: dict[str, Any] = {**DEFAULTS, **raw}
     for name, registry in REGISTRIES.items():
@@ -173,12 +176,8 @@ def contradictions(config: Config, where: str) -> list[ConfigError]:
         say("objective", told, "set method to lora or top_layers, or objective to {kind: dpo, loss: orpo}")
     if config.objective.samples:
         found += _unfit_for_samples(config, where)
-    stop = config.train.stop
-    if stop is not None and not judged.every:
-        say("train.stop", "needs evaluations during training", "set evaluate.every to a number of steps")
-    if stop is not None and stop.metric not in ("loss", *judged.metrics):
-        known = " ".join(dict.fromkeys(("loss", *judged.metrics)))
-        say("train.stop.metric", f"{stop.metric!r} is not measured; there are {known}", "add it to evaluate.metrics")
+    for key, message, hint in (*_unfit_stop(config), *_unfit_teaching(config)):
+        say(key, message, hint)
     for key, message, hint in refusals(config):
         say(key, message, hint)
     if config.precision.compute == "fp32" and not config.precision.master:
@@ -188,6 +187,26 @@ def contradictions(config: Config, where: str) -> list[ConfigError]:
         told = f"{base} holds frozen weights, and method {config.method.kind} trains them all"
         say("precision.base", told, "set it to same, or method to lora")
     return found
+
+
+def _unfit_stop(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Key, message and hint of what an early stop cannot do."""
+    stop, judged = config.train.stop, config.evaluate
+    if stop is not None and not judged.every:
+        yield "train.stop", "needs evaluations during training", "set evaluate.every to a number of steps"
+    if stop is not None and stop.metric not in ("loss", *judged.metrics):
+        known = " ".join(dict.fromkeys(("loss", *judged.metrics)))
+        told = f"{stop.metric!r} is not measured; there are {known}"
+        yield "train.stop.metric", told, "add it to evaluate.metrics"
+
+
+def _unfit_teaching(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Key, message and hint of what needs a teacher, or cannot be with one."""
+    objective = config.objective
+    if "divergence" in config.evaluate.metrics and objective.kind != "distill":
+        yield "evaluate.metrics", "divergence is from a teacher, which objective: distill alone has", "leave it out"
+    if objective.kind == "distill" and config.layout.processes > 1 and not objective.samples:
+        yield "layout", "distill runs in one process", "leave it out"
 
 
 def _unfit_for_labels(config: Config, where: str) -> list[ConfigError]:
@@ -209,20 +228,21 @@ def _unfit_for_labels(config: Config, where: str) -> list[ConfigError]:
 def _unfit_for_samples(config: Config, where: str) -> list[ConfigError]:
     """What cannot be with an objective over the model's own completions, or has no effect there."""
     objective: Any = config.objective
+    rewards = getattr(objective, "reward", ())
     told = [
         (not config.train.rows_per_step, "train.rows_per_step", "counts prompts and is needed: completions have no "
          "length before they are written", "for instance rows_per_step: 8, micro_batch_rows: 4"),
         (bool(getattr(config.method, "dropout", 0)), "method.dropout", "the policy that learns would be another than "
          "the one that wrote", "set it to 0"),
-        (bool(objective.kl) and config.method.trains_all, "objective.kl", f"{config.method.kind} changes the model "
-         "itself: there is no reference beside it", "set it to 0, or method to lora"),
-        (any(one["kind"] == "run" for one in objective.reward) and config.method.trains_all, "objective.reward",
+        (bool(getattr(objective, "kl", 0)) and config.method.trains_all, "objective.kl", f"{config.method.kind} "
+         "changes the model itself: there is no reference beside it", "set it to 0, or method to lora"),
+        (any(one["kind"] == "run" for one in rewards) and config.method.trains_all, "objective.reward",
          f"{config.method.kind} changes the base that the reward model stands on", "set method to lora"),
         (bool(config.train.cache_trunk), "train.cache_trunk", "completions are new in every step", "leave it out"),
     ]  # fmt: skip
     found = [ConfigError(text, where=f"{where}: {key}", hint=hint) for wrong, key, text, hint in told if wrong]
     try:
-        open_rewards(objective.reward, f"{where}: objective.reward")
+        open_rewards(rewards, f"{where}: objective.reward")
     except ConfigError as error:
         found.append(error)
     return found

@@ -24,20 +24,27 @@ def check(
 
     What the model learns to write is marked; control tokens are dim. Weights are not loaded.
     """
-    from tunesmith.config import load_config, naming
-    from tunesmith.run.prepare import prepare
+    from tunesmith.run.staged import prepare_stage
+    from tunesmith.run.stages import load_stages, naming_stage
 
-    wanted = load_config(config, overrides)
-    with naming(config):
-        prepared = prepare(wanted)
+    stages = load_stages(config, overrides)
+    facts: list[dict[str, Any]] = []
+    for stage in stages.stages:
+        with naming_stage(stages, stage):
+            prepared = prepare_stage(stages, stage)
+        facts.append({"name": stage.name, **prepared.data_facts()})
+        if as_json:
+            continue
+        if stages.is_list:
+            typer.echo(f"stage {stage.name}")
+        for line in prepared.lines():
+            typer.echo(line)
+        _show_rows(prepared.train, rows)
     if as_json:
         from tunesmith.cli.main import print_json
 
-        print_json({"ok": True, **prepared.data_facts()})
+        print_json({"ok": True, **({"stages": facts} if stages.is_list else prepared.data_facts())})
         return
-    for line in prepared.lines():
-        typer.echo(line)
-    _show_rows(prepared.train, rows)
     typer.echo("ok: nothing to mend")
 
 
@@ -62,7 +69,7 @@ def _show_rows(dataset: Any, rows: int) -> None:
         if preview.rank and not preview.supervised_tokens:  # an encoder reads an answer to score it
             continue
         if dataset.answered:
-            console.print(Text.assemble(("writes after it: ", "dim"), f"up to {dataset.answered} tokens, rewarded"))
+            console.print(Text.assemble(("writes after it: ", "dim"), f"up to {dataset.answered} tokens of its own"))
             continue
         # colour alone does not survive a pipe or a colour-blind reader
         learnt = "".join(piece.text for piece in preview.pieces if piece.supervised)

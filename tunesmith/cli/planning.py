@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from tunesmith.config import Config
     from tunesmith.plan.plan import Plan
     from tunesmith.run.prepare import Prepared
+    from tunesmith.run.stages import Stages
+
+Costs = tuple[float | None, float | None]  # watts, and the price of an hour
 
 
 def register(app: typer.Typer) -> None:
@@ -67,9 +70,14 @@ def plan(
     if history:
         _history(bool(config), history, as_json)
         return
-    from tunesmith.config import load_config, naming
+    from tunesmith.config import naming
+    from tunesmith.run.stages import load_stages
 
-    wanted = load_config(config, overrides)
+    stages = load_stages(config, overrides)
+    if not (cluster or curve or max_model or max_batch or max_length or html):
+        _plans(stages, fit, (watts, price), as_json)
+        return
+    wanted = stages.only
     with naming(config):
         if cluster:
             _clusters(wanted, cluster, top, as_json)
@@ -80,10 +88,26 @@ def plan(
         elif max_batch or max_length:
             _largest(wanted, max_length, fit, as_json)
         else:
-            _plan(wanted, fit, html, (watts, price), as_json)
+            _plans(stages, fit, (watts, price), as_json, html)
 
 
-def _plan(config: Config, size: str, html: str, costs: tuple[float | None, float | None], as_json: bool) -> None:
+def _plans(stages: Stages, size: str, costs: Costs, as_json: bool, html: str = "") -> None:
+    """The plan of every run of a file, one after the other."""
+    from tunesmith.run.staged import prepare_stage
+    from tunesmith.run.stages import naming_stage
+
+    made = []
+    for stage in stages.stages:
+        if stages.is_list and not as_json:
+            typer.echo(f"stage {stage.name}")
+        with naming_stage(stages, stage):
+            made.append({"name": stage.name, **_plan(prepare_stage(stages, stage), size, html, costs, as_json)})
+    if as_json:
+        _print_json({"stages": made} if stages.is_list else {key: made[0][key] for key in made[0] if key != "name"})
+
+
+def _plan(prepared: Prepared, size: str, html: str, costs: Costs, quiet: bool) -> dict[str, Any]:
+    """A plan as plain values, shown unless `quiet`."""
     from tunesmith.core.amounts import read_bytes
     from tunesmith.plan.bill import local_bill, show_local_bill
     from tunesmith.plan.fit import show_fit
@@ -91,24 +115,21 @@ def _plan(config: Config, size: str, html: str, costs: tuple[float | None, float
     from tunesmith.plan.show import show_plan
     from tunesmith.run.fitting import fit_run
     from tunesmith.run.planning import plan_run
-    from tunesmith.run.prepare import prepare
 
-    room = read_bytes(size, "--fit") if size else None
-    free, prepared = free_bytes(), prepare(config)
+    room, free = read_bytes(size, "--fit") if size else None, free_bytes()
     found: Plan = plan_run(prepared)
     made = {**found.as_dict(), **_more(prepared, found)}
     if found.seconds is not None:
-        made["bill"] = local_bill(found.seconds, found.flops, config.layout.processes, *costs).as_dict()
+        made["bill"] = local_bill(found.seconds, found.flops, prepared.config.layout.processes, *costs).as_dict()
     # what instead, whenever it does not fit
     if room is not None or found.memory.resident_bytes > free:
-        made["fit"] = fit_run(config, room or free, prepared, found).as_dict()
+        made["fit"] = fit_run(prepared.config, room or free, prepared, found).as_dict()
     if html:
         from tunesmith.run.plan_page import write_page
 
         write_page(html, prepared, found, made)
-    if as_json:
-        _print_json(made)
-        return
+    if quiet:
+        return made
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -117,6 +138,7 @@ def _plan(config: Config, size: str, html: str, costs: tuple[float | None, float
         console.print(show_local_bill(made["bill"]), soft_wrap=True)
     for line in show_fit(made["fit"]) if "fit" in made else []:
         console.print(line, soft_wrap=True)
+    return made
 
 
 def _more(prepared: Prepared, found: Plan) -> dict[str, Any]:

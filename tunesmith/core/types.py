@@ -41,6 +41,23 @@ class Actions:
 
 
 @dataclass(frozen=True)
+class Likeliest:
+    """What a teacher held most probable at each supervised position, kept from before.
+
+    Attributes:
+        places: int32 [supervised, count], ids of tokens.
+        logprobs: float32 [supervised, count + 1], of these and, last, of all others together.
+    """
+
+    places: Tensor
+    logprobs: Tensor
+
+    def to(self, device: torch.device | str) -> Likeliest:
+        """The same on another device."""
+        return Likeliest(self.places.to(device), self.logprobs.to(device))
+
+
+@dataclass(frozen=True)
 class Batch:
     """Documents laid end to end. Each attends to itself only.
 
@@ -58,6 +75,7 @@ class Batch:
         answers: documents of each row, where a row is several answers to one prompt.
         ranks: int64 [documents], of each answer within its row: lower is better, equal is a tie.
         actions: of the targets, where the policy has written them itself.
+        likeliest: what a teacher says comes after each source, where that is known.
     """
 
     ids: Tensor
@@ -72,6 +90,7 @@ class Batch:
     answers: tuple[int, ...] = ()
     ranks: Tensor | None = None
     actions: Actions | None = None
+    likeliest: Likeliest | None = None
 
     @property
     def row_count(self) -> int:
@@ -80,7 +99,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        names = ("ids", "positions", "sources", "targets", "labels", "types", "ranks", "actions")
+        names = ("ids", "positions", "sources", "targets", "labels", "types", "ranks", "actions", "likeliest")
         moved = {name: getattr(self, name) for name in names}
         return replace(self, **{name: held.to(device) for name, held in moved.items() if held is not None})
 

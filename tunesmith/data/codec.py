@@ -133,7 +133,12 @@ class Codec:
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id that encoding can give."""
-        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        return 1 + max(self.vocabulary.values(), default=-1)
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of every token, added ones included."""
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
 
     @cached_property
     def sha256(self) -> str:

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tunesmith.core.types import Batch
     from tunesmith.data.encode import Example
     from tunesmith.models.policy import Policy
 
@@ -21,6 +24,8 @@ def row_losses(
     *,
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int, int], None] | None = None,
+    of: Callable[[Batch], Tensor] | None = None,
+    collate: Callable[[Sequence[Example]], Batch] | None = None,
 ) -> tuple[list[float], list[int]]:
     """Summed negative log-likelihood (nats) and number of supervised tokens of each example, in their order.
 
@@ -29,6 +34,8 @@ def row_losses(
         examples: rows as training sees them.
         batch_tokens: at most so many at a time, padding counted, and at least one row; does not change the sums.
         progress: called with (done, all).
+        of: what is summed instead of the policy's losses, [supervised].
+        collate: examples as a Batch; default `data.batch.to_batch`.
     """
     import torch
 
@@ -39,8 +46,8 @@ def row_losses(
     done = 0
     with evaluating(policy.model), torch.no_grad():
         for rows in batches(examples, batch_tokens):
-            batch = to_batch([examples[row] for row in rows])
-            losses = policy.token_losses(batch.to(policy.model.device)).double().cpu()
+            batch = (collate or to_batch)([examples[row] for row in rows])
+            losses = (of or policy.token_losses)(batch.to(policy.model.device)).double().cpu()
             ends = torch.tensor(batch.lengths).cumsum(0)
             owner = torch.searchsorted(ends, batch.sources, right=True)
             sums = torch.zeros(len(rows), dtype=torch.float64).index_add(0, owner, losses)

@@ -19,6 +19,7 @@ FOLLOWED = {
     "reward": ("Reward", "mean reward"),
     "kl": ("Divergence from the reference, nats a token", "KL"),
     "kl_weight": ("Weight of the divergence", "weight"),
+    "divergence": ("Distance from the teacher, nats a token", "distance"),
     "entropy": ("Entropy, nats a token", "entropy"),
     "completion_tokens": ("Length of completions", "tokens"),
     "clip_share": ("Share of actions that are clipped", "clipped"),

@@ -20,12 +20,13 @@ from tunesmith.core.files import os_error, read_json, strict_loads, write_atomic
 from tunesmith.core.visible import visible
 from tunesmith.core.yaml import read_yaml_text
 from tunesmith.evaluate import story
+from tunesmith.evaluate.stage_list import holds_stages
 
 MOST_SAMPLES = 40
 
 
 def write_report(run_folder: Path | str) -> Path:
-    """Writes report.html into a run folder and gives its path.
+    """Writes report.html into a run folder, or one of stages, and gives its path.
 
     Raises:
         ConfigError: the folder does not exist or holds nothing of a run.
@@ -33,14 +34,18 @@ def write_report(run_folder: Path | str) -> Path:
         ResourceError: the page cannot be written.
     """
     folder = Path(run_folder)
-    files = _read(folder)
-    page = render_page("report.html", story.tell(files))
+    if holds_stages(folder):
+        from tunesmith.evaluate.stages_page import write_stages_report
+
+        return write_stages_report(folder)
+    page = render_page("report.html", story.tell(read_files(folder)))
     path = folder / "report.html"
     write_atomic(path, page)
     return path
 
 
-def _read(folder: Path) -> story.Files:
+def read_files(folder: Path) -> story.Files:
+    """What a run folder holds. Raises as `write_report`."""
     if not folder.is_dir():
         raise ConfigError("no such run folder", where=str(folder))
     text = _text(folder / "config.yaml")

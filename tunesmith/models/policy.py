@@ -20,6 +20,7 @@ from tunesmith.core.switches import on
 from tunesmith.models import attention, blocks, seq2seq
 from tunesmith.models.copies import swap_of
 from tunesmith.models.cross_entropy import fused_losses, plain_losses, shaping_of, wide
+from tunesmith.models.distances import Distance, taught
 from tunesmith.models.inputs import states
 from tunesmith.models.modes import evaluating
 from tunesmith.models.ports import Port
@@ -41,6 +42,7 @@ class Policy:
         trunk: keeps what comes out of the blocks below all that trains; None keeps nothing.
         reference: the route of the model as the stage received it.
         value: a head that says what it expects to earn, where one is trained.
+        teacher: a model to become like, where there is one.
 
     Args:
         route: the adapters that act; none by default.
@@ -62,6 +64,7 @@ class Policy:
         self.trunk: Trunk | None = None
         self.reference = BASE
         self.value: Head | None = None
+        self.teacher: Policy | None = None
         self.packed = packed and self.family.packed
         if self.packed:
             attention.use(self.model)
@@ -137,6 +140,26 @@ class Policy:
         reference.trunk = None
         with torch.no_grad(), evaluating(self.model):
             return reference.token_losses(batch)
+
+    def taught(self, batch: Batch, distance: Distance, hard: float) -> Tensor:
+        """What is to be learnt of a teacher at every supervised position; see `distances.taught`."""
+        self._needs_decoder()
+        return taught(self, self.teacher, batch, distance, hard)
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [n, vocabulary] of states [n, width], float32 (float64 for a float64 model), under the caller's route.
+
+        Raises ConfigError where a family makes its logits itself.
+        """
+        if not self.family.head:
+            told = f"{self.family.name} makes its logits itself, of whole texts"
+            raise ConfigError(told, where="model", hint="take a llama-like decoder")
+        return self.shaping(self._head(hidden))
+
+    @property
+    def has_frozen_head(self) -> bool:
+        """Whether nothing about the head trains or acts."""
+        return self._frozen_head()[0] is not None
 
     def hidden(self, batch: Batch, wanted: Tensor | None = None) -> Tensor:
         """What the last norm gives for every token, [tokens, width], in the model's dtype.

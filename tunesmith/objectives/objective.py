@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from tunesmith.core.problem import Comparison, ProblemKind
     from tunesmith.core.types import Batch, Mean
+    from tunesmith.models.distances import Distance
 
 
 class Policy(Protocol):
@@ -38,6 +39,13 @@ class Policy(Protocol):
 
     def at(self, temperature: float) -> Policy:
         """The same with its logits divided by a temperature."""
+        ...
+
+    def taught(self, batch: Batch, distance: Distance, hard: float) -> Tensor:
+        """What is to be learnt of a teacher, the distance from it, and `token_losses`: [3, supervised].
+
+        The first, (1 - hard) temperature^2 distance + hard loss, is differentiable.
+        """
         ...
 
 
@@ -72,8 +80,23 @@ class Objective(Section):
 
     @property
     def samples(self) -> bool:
-        """Whether it learns from what the model writes itself (`sampled.Sampled`)."""
+        """Whether it learns from what the model writes itself."""
         return self.answered > 0
+
+    @property
+    def completions(self) -> int:
+        """Completions of each prompt, where it learns from such."""
+        return 1
+
+    @property
+    def parts(self) -> int:
+        """Updates that one pass over what was written together is cut into."""
+        return 1
+
+    @property
+    def passes(self) -> int:
+        """How often each completion is used."""
+        return 1
 
     @property
     def has_values(self) -> bool:

@@ -102,26 +102,6 @@ class Sampled(Objective):
         return self.max_new_tokens
 
     @property
-    def completions(self) -> int:
-        """Completions of each prompt."""
-        return 1
-
-    @property
-    def parts(self) -> int:
-        """Updates that one pass over the completions of a rollout is cut into."""
-        return 1
-
-    @property
-    def passes(self) -> int:
-        """How often each completion is used."""
-        return 1
-
-    @property
-    def has_values(self) -> bool:
-        """Whether a value head learns to expect the reward."""
-        return False
-
-    @property
     def adapts(self) -> bool:
         """Whether `kl` changes from rollout to rollout."""
         return False

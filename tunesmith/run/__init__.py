@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,17 +35,18 @@ if TYPE_CHECKING:
     from tunesmith.models.load import Loaded
     from tunesmith.models.policy import Policy
     from tunesmith.models.trunk import Trunk
+    from tunesmith.run.feeding import Feed
     from tunesmith.run.judging import Judge
-    from tunesmith.run.rollouts import Rollouts
     from tunesmith.train.tuned import Result
 
 
-def run(config: Config, *, resume: bool = False, before: bool = True) -> Path:
+def run(config: Config, *, resume: bool = False, before: bool = True, began: float | None = None) -> Path:
     """Does everything a configuration says and answers the run folder.
 
     Args:
         resume: go on with the run in the folder.
         before: judge the untuned model, too, for the table of the run.
+        began: when it was begun, in seconds of `time.time()`; by default when the program was.
 
     Raises: any TunesmithError; what was saved before stays, and `resume` goes on from there. Signals become Stopped.
     """
@@ -54,10 +55,10 @@ def run(config: Config, *, resume: bool = False, before: bool = True) -> Path:
         config, why = settled(config, folder, world)
         if why and world.is_first:
             say(why)
-        return _run(config, folder, resume or (is_restarted() and folder.exists), before, world)
+        return _run(config, folder, resume or (is_restarted() and folder.exists), before, world, began)
 
 
-def _run(config: Config, folder: RunFolder, resume: bool, before: bool, world: Alone) -> Path:
+def _run(config: Config, folder: RunFolder, resume: bool, before: bool, world: Alone, began: float | None) -> Path:
     def is_finished() -> bool:
         check_writable(folder.path)
         check_state(folder, config, resume)
@@ -80,7 +81,8 @@ def _run(config: Config, folder: RunFolder, resume: bool, before: bool, world: A
         libraries = seconds_of_libraries()  # only now: what is wrong with a run is said without them
         with _withdrawn_on_error(folder, config) if world.is_first else nullcontext():
             ready = _make_ready(prepared, folder, world)
-        _carry_out(ready, folder, resume, before, libraries)
+        say(started_line(libraries, began))
+        _carry_out(ready, folder, resume, before)
     return folder.path
 
 
@@ -105,7 +107,7 @@ def say(line: str) -> None:
 
 def _check_data(folder: RunFolder, prepared: Prepared) -> None:
     before, now = folder.facts.get("data"), prepared.data_facts()
-    for part in ("train", "eval", "start", "rewards"):
+    for part in ("train", "eval", "start", "teacher", "rewards"):
         old, new = (before or {}).get(part, {}).get("sha256"), now.get(part, {}).get("sha256")
         if before is not None and old != new:
             raise CheckpointError(
@@ -209,38 +211,39 @@ def _planned(prepared: Prepared, folder: RunFolder, gain: float) -> dict[str, An
     return {"precision": compute, "recompute": plan.recompute}
 
 
-def _carry_out(ready: _Ready, folder: RunFolder, resume: bool, before: bool, libraries: float) -> None:
+def _carry_out(ready: _Ready, folder: RunFolder, resume: bool, before: bool) -> None:
     from tunesmith.evaluate.report import write_report
     from tunesmith.models.policy import Policy
+    from tunesmith.run.feeding import feed_of
     from tunesmith.run.planning import recomputed
     from tunesmith.run.starting import attach, receive, route_of
 
     prepared, loaded, judge, layout = ready.prepared, ready.loaded, ready.judge, ready.layout
     config, is_first = prepared.config, layout.world.is_first
-    say(started_line(libraries))
-    received = receive(prepared, loaded)
+    received, teaching = receive(prepared, loaded), None
     judge.received = route_of(received)
+    if prepared.teacher is not None:
+        from tunesmith.run.teaching import Teaching
+
+        teaching = Teaching(prepared, loaded, ready.compute)
+        judge.taught_by(teaching)
     if before and is_first:
         judge.before(loaded, judge.received)
     adapter = attach(prepared, loaded, received)
     how = recomputed(config, ready.recompute)
     policy = Policy(loaded, adapter.route, recompute=how, packed=config.data.packing)
     policy.reference = judge.received
-    rollouts = None
-    if config.objective.samples:
-        from tunesmith.run.rollouts import Rollouts
-
-        rollouts = Rollouts(prepared, loaded, policy, judge.received, folder.path, layout.data)
-        judge.earned = rollouts.earned
-        if is_first:
-            folder.record(constant=rollouts.constant())
-    result = _train(ready, folder, adapter, policy, resume, rollouts)
+    feed = feed_of(prepared, loaded, policy, judge.received, teaching, folder, layout.data)
+    judge.earned = feed.earned
+    result = _train(ready, folder, adapter, policy, resume, feed)
     weights = layout.whole(layout.pieces) if layout.in_parts else {}
     if not is_first:
         return
     adapter = _made_whole(ready, weights) if weights else adapter
     saved = adapter.save(folder.path)
     judge.after(adapter.loaded, adapter.route, config.method.kind)
+    if teaching is not None:
+        teaching.close()
     folder.record(measured=_measured(result), result={**asdict(result), "saved": saved.name})
     folder.record(status="finished")
     report = write_report(folder.path)
@@ -257,9 +260,7 @@ def _next(prepared: Prepared, folder: RunFolder) -> str:
 class _Tuned:
     """The adapter and its policy, as the trainer wants them."""
 
-    def __init__(
-        self, adapter: Adapter, policy: Policy, trunk: Trunk | None = None, rollouts: Rollouts | None = None
-    ) -> None:
+    def __init__(self, adapter: Adapter, policy: Policy, trunk: Trunk | None, memory: Mapping[str, Any]) -> None:
         from tunesmith.models.stored import Stored
 
         value = {} if policy.value is None else {f"value.{name}": one for name, one in policy.value.named_parameters()}
@@ -269,13 +270,11 @@ class _Tuned:
         self.on_phase = (lambda number: None) if trunk is None else trunk.begin
         self.lr_factors = adapter.lr_factors
         self.stored = Stored(adapter.loaded).finer
-        self.memory = adapter.memory | ({} if rollouts is None else rollouts.memory)
+        self.memory = {**adapter.memory, **memory}
         self.penalty, self.after_step = adapter.penalty, adapter.after_step
 
 
-def _train(
-    ready: _Ready, folder: RunFolder, adapter: Adapter, policy: Policy, resume: bool, rollouts: Rollouts | None
-) -> Result:
+def _train(ready: _Ready, folder: RunFolder, adapter: Adapter, policy: Policy, resume: bool, feed: Feed) -> Result:
     from tunesmith.models.trunk import Trunk
     from tunesmith.train.trainer import train
 
@@ -286,10 +285,10 @@ def _train(
         if config.train.cache_trunk:
             trunk = policy.trunk = Trunk(adapter.loaded, folder.path / "cache", config.train.cache_trunk)
             stack.callback(trunk.close)
-        tuned = layout.adopt(_Tuned(adapter, policy, trunk, rollouts))
+        tuned = layout.adopt(_Tuned(adapter, policy, trunk, feed.memory))
         result = train(
             tuned,
-            _stream(prepared, layout.data) if rollouts is None else rollouts.stream,
+            feed.stream or _stream(prepared, layout.data),
             config.objective,
             config.train,
             config.precision,
@@ -297,11 +296,11 @@ def _train(
             total_steps=prepared.totals.steps,
             evaluate=ready.judge.during(adapter.loaded, tuned.policy) if config.evaluate.every else None,
             evaluate_every=config.evaluate.every,
-            observers=_observers(prepared, folder, stack, rollouts) if layout.world.is_first else (),
+            observers=_observers(prepared, folder, stack, feed) if layout.world.is_first else (),
             resume=resume,
             layout=layout,
-            sample=rollouts,
-            collate=None if rollouts is None else rollouts.collate,
+            sample=feed.sample,
+            collate=feed.collate,
         )
         if trunk is not None:
             policy.trunk = None
@@ -309,13 +308,12 @@ def _train(
         return result
 
 
-def _observers(prepared: Prepared, folder: RunFolder, stack: ExitStack, rollouts: Rollouts | None) -> list[Any]:
+def _observers(prepared: Prepared, folder: RunFolder, stack: ExitStack, feed: Feed) -> list[Any]:
     from tunesmith.train.log import TensorBoard
     from tunesmith.train.progress import training_progress
 
     observers: list[Any] = [stack.enter_context(training_progress(prepared.totals.steps))]
-    if rollouts is not None:
-        observers += [stack.enter_context(closing(watcher)) for watcher in rollouts.watchers(folder.path)]
+    observers += [stack.enter_context(closing(watcher)) for watcher in feed.watchers(folder.path)]
     if "tensorboard" in prepared.config.log:
         observers.append(stack.enter_context(closing(TensorBoard(folder.path / "tensorboard"))))
     return observers

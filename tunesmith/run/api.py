@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.config import Config, build_config, load_config
+from tunesmith.config import Config, build_config
 
 if TYPE_CHECKING:
     from tunesmith.models.load import Loaded
@@ -42,11 +42,15 @@ def generate(
 
 
 def tune(config: Config | dict[str, Any] | str | Path, *, resume: bool = False) -> Path:
-    """Runs a configuration (an object, a dictionary, or a YAML file) and answers the run folder."""
+    """Runs a configuration or a list of stages (an object, a dictionary, or a YAML file) and answers its folder."""
     from tunesmith.run import run
+    from tunesmith.run.staged import run_stages
+    from tunesmith.run.stages import build_stages, load_stages
 
     if isinstance(config, dict):
-        config = build_config(config)
-    elif not isinstance(config, Config):
-        config = load_config(config)
-    return run(config, resume=resume)
+        wanted = build_stages(config) if "stages" in config else build_config(config)
+    else:
+        wanted = config if isinstance(config, Config) else load_stages(config)
+    if isinstance(wanted, Config):
+        return run(wanted, resume=resume)
+    return run_stages(wanted, resume=resume) if wanted.is_list else run(wanted.only, resume=resume)

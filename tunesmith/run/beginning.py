@@ -30,9 +30,13 @@ def how_computed(compute: str, gain: float) -> str:
     return line
 
 
-def started_line(libraries: float) -> str:
-    """How long the program took until all is there to work with, its libraries apart."""
+def started_line(libraries: float, began: float | None = None) -> str:
+    """How long it took until all is there to work with, its libraries apart.
+
+    Args:
+        began: when, in seconds of `time.time()`; by default when the program did.
+    """
     import psutil
 
-    took = time.time() - psutil.Process().create_time()
+    took = time.time() - (psutil.Process().create_time() if began is None else began)
     return f"ready after {took - libraries:.1f} s, and {libraries:.1f} s more to import torch and transformers"

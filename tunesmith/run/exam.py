@@ -7,7 +7,7 @@ answers the same questions. Who sits it, and what is kept, is in `judging.py`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -38,6 +38,7 @@ class Exam:
         limit: first rows only.
         asks: whether answers are wanted without a metric of them, too.
         dialogues: the rows as questions, those with the same prompt as one with several references.
+        teacher: says how far a policy is from it on rows, where there is one.
     """
 
     dataset: Dataset
@@ -46,11 +47,14 @@ class Exam:
     limit: int | None = None
     asks: bool = False
     dialogues: list[Dialogue] = field(default_factory=list)
+    teacher: Callable[[Policy, list[Example]], tuple[list[float], list[int]]] | None = None
 
     def __post_init__(self) -> None:
-        self.spoken = [METRICS.load(name)() for name in self.metrics if METRICS.load(name).needs != "losses"]
-        self.measured = [METRICS.load(name)() for name in self.metrics if METRICS.load(name).needs == "losses"]
-        for metric in [*self.spoken, *self.measured]:
+        metrics = [METRICS.load(name)() for name in self.metrics]
+        self.spoken = [metric for metric in metrics if metric.needs not in ("losses", "teacher")]
+        self.measured = [metric for metric in metrics if metric.needs == "losses"]
+        self.compared = [metric for metric in metrics if metric.needs == "teacher"]
+        for metric in metrics:
             metric.require()
         if self.spoken or self.asks:
             self.dialogues = grouped(list(self.dataset.dialogues(None)))[: self.limit]
@@ -88,17 +92,26 @@ class Exam:
         """Loss metrics of the rows as they would be trained on."""
         from tunesmith.evaluate.bootstrap import interval
 
-        if not self.measured:
-            return {}
-        rows = self.row_losses(policy)
-        return {metric.name: interval(metric, metric.from_losses(*rows)).as_dict() for metric in self.measured}
+        found: Scores = {}
+        for metrics, rows_of in ((self.measured, self.row_losses), (self.compared, self.row_distances)):
+            rows = rows_of(policy) if metrics else ([], [])
+            found |= {metric.name: interval(metric, metric.from_losses(*rows)).as_dict() for metric in metrics}
+        return found
 
     def row_losses(self, policy: Policy) -> tuple[list[float], list[int]]:
         """Summed negative log-likelihood and supervised tokens of each row that can be learnt from."""
         from tunesmith.evaluate.losses import row_losses
 
+        return row_losses(policy, self._examples())
+
+    def row_distances(self, policy: Policy) -> tuple[list[float], list[int]]:
+        """Summed distance from the teacher and supervised tokens of each row."""
+        assert self.teacher is not None
+        return self.teacher(policy, self._examples())
+
+    def _examples(self) -> list[Example]:
         found = (self.dataset.example(*place) for place in list(self.dataset.places())[: self.limit])
-        return row_losses(policy, [example for example in found if isinstance(example, Example)])
+        return [example for example in found if isinstance(example, Example)]
 
     def write(
         self, loaded: Loaded, route: Route, codec: Codec, shots: Sequence[Dialogue] = (), title: str = "answering"

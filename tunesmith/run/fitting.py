@@ -84,7 +84,7 @@ def _planner(config: Config, prepared: Prepared | None = None) -> Callable[[Sequ
         changed = build_config(_with(as_dict(config), changes))
         key = _of_data(changed)
         if key not in read:
-            read[key] = prepare(changed)
+            read[key] = prepare(changed, None if prepared is None else prepared.ahead)
         return _planned(changes, plan_run(replace(read[key], config=changed)))
 
     return planned

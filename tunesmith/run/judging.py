@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tunesmith.models.route import Route
     from tunesmith.run.opening import Opened, Seen
     from tunesmith.run.prepare import Prepared
+    from tunesmith.run.teaching import Teaching
 
 log = logging.getLogger(__name__)
 AnyExam = Exam | HeadExam | PairExam
@@ -62,6 +63,11 @@ class Judge:
             section = self.section
             samples = prepared.config.objective.samples
             self.exam = Exam(prepared.eval, section.metrics, section.generate, section.rows, asks=samples)
+
+    def taught_by(self, teaching: Teaching) -> None:
+        """Has a teacher say how far a model is from it."""
+        if self.exam is not None:
+            self.exam.teacher = teaching.distances
 
     def before(self, loaded: Loaded, route: Route) -> None:
         """The untuned model, with and without solved examples, and the two answers that need no model.
@@ -96,6 +102,9 @@ class Judge:
             found = {"loss": sum(totals) / max(1, sum(tokens))}
             for metric in exam.measured:
                 found[metric.name] = float(metric.value(metric.from_losses(totals, tokens).sum(0)))
+            if exam.teacher is not None:
+                totals, tokens = exam.row_distances(policy)
+                found["divergence"] = sum(totals) / max(1, sum(tokens))
             if spoken or earned is not None:
                 answers = exam.write(loaded, policy.route, self.prepared.codec, title=f"step {step}:")
                 found |= {name: score["value"] for name, score in exam.score(answers).items()}
@@ -217,6 +226,9 @@ def judge_models(sources: list[str], question: Question, out: str | None = None)
         )
     if out is not None:
         check_writable(Path(out))
+    if "divergence" in metrics:
+        hint = "a run of objective: distill measures it, before and after"
+        raise ConfigError("divergence is from a teacher, and there is none", where="--metrics", hint=hint)
     seen = [look(source, template=question.template) for source in sources]
     if question.max_length is None:  # one for all, so that all are asked the same
         lengths = [one.named.max_length for one in seen if one.named.max_length is not None]

@@ -6,7 +6,7 @@ A run brings its base model, its adapter and its template along; everything else
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from tunesmith.core.problem import HEAD_KEY, HEAD_SETTINGS, Problem, read_proble
 from tunesmith.data.codec import Codec
 from tunesmith.data.templates import Template, open_template
 from tunesmith.evaluate.metrics import OF_PROBLEM
+from tunesmith.evaluate.stage_list import holds_stages, names_in
 from tunesmith.models.families import Family, family_of
 from tunesmith.run.folder import RunFolder
 
@@ -105,8 +106,10 @@ class Opened:
 
 
 def find(source: str) -> Named:
-    """What `source` stands for. Raises ModelError where a run has no result yet."""
+    """What `source` stands for; of stages, the last. Raises ModelError where a run has no result yet."""
     folder = Path(source)
+    if holds_stages(folder):
+        return replace(find(str(folder / names_in(folder)[-1])), name=source)
     run = RunFolder(folder)
     if run.exists:
         config = run.config

@@ -122,6 +122,7 @@ def _traced(prepared: Prepared, loaded: Loaded, calibrated: bool, calibration: C
     shape = read_shape(prepared.folder)
     work, micro_batches = _work(prepared, policy, shape)
     spread = _spread(prepared, shape, loaded.model.dtype.itemsize, work.lengths, micro_batches)
+    policy.teacher = _teacher(prepared, policy)
     policy.value = value_head(loaded, config.train.seed) if config.objective.has_values else None
     model, trained = _whole(prepared, adapter, policy)
     model.train(trains)
@@ -149,11 +150,14 @@ def _work(prepared: Prepared, policy: Policy, shape: ModelShape) -> tuple[Worklo
 
 
 def _whole(prepared: Prepared, adapter: Adapter, policy: Policy) -> tuple[nn.Module, list[nn.Parameter]]:
-    """The model with heads and with the adapters that stand beside the one that trains, and what trains."""
+    """The model with heads, adapters that stand beside the one that trains and another model that teaches, and what
+    trains."""
     from torch import nn
 
+    teacher = None if policy.teacher is None or policy.teacher.model is policy.model else policy.teacher.model
+    adapters = beside(prepared)
     # a list without parameters is none
-    others = [one for one in (adapter.head, policy.value, beside(prepared)) if one]
+    others = [one for one in (adapter.head, policy.value, adapters or None, teacher) if one is not None]
     trained = [*adapter.parameters.values(), *(policy.value.parameters() if policy.value is not None else ())]
     return (nn.ModuleList([policy.model, *others]) if others else policy.model), trained
 
@@ -176,6 +180,23 @@ def open_meta(prepared: Prepared) -> Loaded:
     loaded = meta(str(prepared.folder), dtype=resolve(precision), base=precision.base)
     loaded.predicts = prepared.problem
     return loaded
+
+
+def _teacher(prepared: Prepared, policy: Policy) -> Policy | None:
+    """A stand-in for the teacher, asked in every step: the student's base, or the other model without weights."""
+    from tunesmith.models.load import meta
+    from tunesmith.models.policy import Policy
+    from tunesmith.models.route import BASE
+    from tunesmith.train.precision import resolve
+
+    found = prepared.teacher
+    if found is None:
+        return None
+    if found.beside:
+        return policy.under(BASE)
+    loaded = meta(str(found.folder), dtype=resolve(prepared.config.precision))
+    loaded.model.requires_grad_(False)
+    return Policy(loaded, packed=prepared.config.data.packing)
 
 
 def _spread(

@@ -6,9 +6,9 @@ The one idea: this needs neither torch nor transformers, so that a mistake is fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +26,14 @@ from tunesmith.data.order import Mixture
 from tunesmith.data.pack import Cursor, Sizes, Step, StepStream, Totals, count_steps
 from tunesmith.data.statistics import DataStatistics
 from tunesmith.evaluate.rewards import open_rewards
+from tunesmith.evaluate.rewards.trained import Trained
 from tunesmith.models.folder import position_limit, validate_folder
 from tunesmith.models.source import resolve
 from tunesmith.objectives.sampled import Sampled
 from tunesmith.parallel.limits import check_model
 from tunesmith.run.opening import find
-from tunesmith.run.starting import check_start
+from tunesmith.run.starting import check_promise, check_promised_reward, check_start, root_of
+from tunesmith.run.teachers import Teacher, find_teacher
 
 if TYPE_CHECKING:
     from tunesmith.data.section import DataSection, Parts
@@ -51,6 +53,8 @@ class Prepared:
         train_statistics, eval_statistics: what they come to.
         problem: what is to be predicted; None where text is learnt.
         start: the adapter that the run begins with a copy of, where `model` is a run that has one.
+        ahead: runs that will be there before this one, by their folders; see `prepare`.
+        teacher: who is learnt from, in distillation.
     """
 
     config: Config
@@ -62,21 +66,22 @@ class Prepared:
     eval_statistics: DataStatistics | None = None
     problem: Problem | None = None
     start: Path | None = None
+    ahead: Mapping[str, Config] = field(default_factory=dict)
+    teacher: Teacher | None = None
 
     @cached_property
     def sizes(self) -> Sizes:
         """Sizes of steps and micro-batches; in completions, where the model writes some for each row."""
         names = ("tokens_per_step", "rows_per_step", "micro_batch_tokens", "micro_batch_rows")
         asked = {name: getattr(self.config.train, name) for name in names}
-        objective = self.config.objective
-        count = objective.completions if isinstance(objective, Sampled) else 1
+        count = self.config.objective.completions
         return Sizes(**{name: None if size is None else size * count for name, size in asked.items()})
 
     @cached_property
     def read_sizes(self) -> Sizes:
         """How many rows are read at a time: those of a step, or of all updates that use the completions once."""
         objective, rows = self.config.objective, self.config.train.rows_per_step
-        if not isinstance(objective, Sampled):
+        if not objective.samples:
             return self.sizes
         assert rows is not None
         return Sizes(rows_per_step=rows * objective.parts)
@@ -110,7 +115,7 @@ class Prepared:
     def _written(self, read: Totals) -> Totals:
         """The same in updates and in the longest completions, where rows are prompts."""
         objective = self.config.objective
-        if not isinstance(objective, Sampled):
+        if not objective.samples:
             return read
         rows = read.rows * objective.completions * objective.passes
         tokens = read.tokens * objective.completions * objective.passes + rows * objective.answered
@@ -119,7 +124,7 @@ class Prepared:
     def planned(self, step: Step[Any]) -> Step[Any]:
         """A step of `stream` as a plan counts it: the first update, its completions as long as they may be."""
         objective = self.config.objective
-        if not isinstance(objective, Sampled):
+        if not objective.samples:
             return step
         prompts = [row for rows in step.micro_batches for row in rows][: self.config.train.rows_per_step]
         longest = objective.answered
@@ -161,37 +166,62 @@ class Prepared:
         start = {} if self.start is None else {str(self.start): sha256_file(self.start / "adapter_model.safetensors")}
         objective = self.config.objective
         rewards = open_rewards(objective.reward) if isinstance(objective, Sampled) else []
-        return {"start": start, "rewards": {file: sha256_file(file) for one in rewards for file in one.files}}
+        teacher = {} if self.teacher is None else self.teacher.hashes()
+        rewarding = {file: sha256_file(file) for one in rewards for file in one.files}
+        return {"start": start, "teacher": teacher, "rewards": rewarding}
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config, ahead: Mapping[str, Config] | None = None) -> Prepared:
     """Finds and reads everything a run needs but weights.
+
+    Args:
+        ahead: runs that will be there before this one begins, by their folders; what they leave behind is not asked
+            for. What is prepared so can be looked at and planned, not run.
 
     Raises: ConfigError, DataError, ModelError, ResourceError; each names file and row or key.
     """
+    ahead = ahead or {}
     if not config.data.train:
         raise ConfigError("this key is required", where="data.train", hint="name a file, or a bundled set")
-    named = find(config.model)
+    named = find(root_of(config.model, ahead))
     folder = resolve(named.model)
     validate_folder(folder)
+    if config.model in ahead:
+        check_promise(config, ahead[config.model])
+        named = replace(named, adapter=None)
     if named.adapter is not None:
         check_start(config, named.adapter)
+    _check_rewards(config, ahead)
     settings = read_json(folder / "config.json", ModelError)
     config.objective.check(settings)
     config.method.check(settings)
     check_model(config.layout, settings)
     codec = Codec.open(folder)
+    teacher = find_teacher(config, folder, codec, ahead)
     asked = config.objective.predicts
     problem = Problem(asked, (), config.train.seed) if asked else None
     taken, compares, answered = config.method.positions, config.objective.compares, config.objective.answered
     train, train_statistics = read_data(
         config.data.train, config.data, codec, "data.train", problem, taken, compares, answered
     )
-    problem, start = train.problem, named.adapter
-    if not config.data.eval:
-        return Prepared(config, folder, codec, train, train_statistics, problem=problem, start=start)
-    judged, judged_statistics = read_data(config.data.eval, config.data, codec, "data.eval", problem, taken, compares)
-    return Prepared(config, folder, codec, train, train_statistics, judged, judged_statistics, problem, start)
+    problem, start, judged, judged_statistics = train.problem, named.adapter, None, None
+    if config.data.eval:
+        judged, judged_statistics = read_data(
+            config.data.eval, config.data, codec, "data.eval", problem, taken, compares
+        )
+    return Prepared(
+        config, folder, codec, train, train_statistics, judged, judged_statistics, problem, start, ahead, teacher
+    )
+
+
+def _check_rewards(config: Config, ahead: Mapping[str, Config]) -> None:
+    """Raises ConfigError where a reward model is not there, and will not be."""
+    objective = config.objective
+    for reward in open_rewards(objective.reward) if isinstance(objective, Sampled) else []:
+        if isinstance(reward, Trained) and reward.run in ahead:
+            check_promised_reward(config, reward.run, ahead)
+        else:
+            reward.check_there()
 
 
 def read_data(

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tunesmith.adapt.store import load_adapter
 from tunesmith.data.batch import to_batch
 from tunesmith.data.encode import Example
 from tunesmith.evaluate.losses import BATCH_TOKENS, batches
 from tunesmith.evaluate.rewards.trained import Trained
 from tunesmith.models.modes import evaluating
+from tunesmith.run.starting import beside
 
 if TYPE_CHECKING:
     from tunesmith.models.load import Loaded
@@ -33,15 +33,9 @@ class RewardModels:
     """
 
     def __init__(self, loaded: Loaded, rewards: Sequence[Trained]) -> None:
-        # an adapter that is put on a model decides what trains there
-        trains = [(parameter, parameter.requires_grad) for parameter in loaded.model.parameters()]
         self.routes = []
         for number, reward in enumerate(rewards):
-            adapter = load_adapter(loaded, reward.adapter, f"reward-{number}")
-            trains += [(parameter, False) for parameter in adapter.parameters.values()]
-            self.routes.append((reward.weight, adapter.route))
-        for parameter, does in trains:
-            parameter.requires_grad_(does)
+            self.routes.append((reward.weight, beside(loaded, reward.adapter, f"reward-{number}").route))
 
     @torch.no_grad()
     def scores(self, policy: Policy, documents: Sequence[Example]) -> list[float]:

@@ -13,6 +13,10 @@ METRICS = Registry(
             "tunesmith.evaluate.metrics.losses:Perplexity",
             "exp of the loss, by token over all rows",
         ),
+        "divergence": (
+            "tunesmith.evaluate.metrics.losses:Divergence",
+            "mean distance from the teacher of a run of objective: distill, nats a token",
+        ),
         "bleu": ("tunesmith.evaluate.metrics.bleu:Bleu", "BLEU as sacrebleu computes it, 0-100"),
         "chrf": (
             "tunesmith.evaluate.metrics.bleu:ChrF",

@@ -6,7 +6,7 @@ Statistics come from the model (`tunesmith.evaluate.losses.row_losses`), not fro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from tunesmith.core.errors import DataError
 from tunesmith.evaluate.metrics.metric import Metric
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 class Loss(Metric):
     name = "loss"
-    needs = "losses"
+    needs: ClassVar[Literal["completions", "predictions", "losses", "teacher"]] = "losses"
     higher_is_better = False
 
     @property
@@ -47,3 +47,12 @@ class Perplexity(Loss):
         import numpy as np
 
         return np.exp(super().value(sums))
+
+
+class Divergence(Loss):
+    name = "divergence"
+    needs = "teacher"
+
+    @property
+    def signature(self) -> str:
+        return "objective.divergence from the teacher, nats per supervised token|by:token"

@@ -40,13 +40,13 @@ class Metric:
     Attributes:
         name: as in the configuration.
         needs: `completions` are scored against references; `predictions` are labels or scores, be they those of a
-            head or written out; `losses` are nothing but the model's own.
+            head or written out; `losses` are nothing but the model's own; `teacher` is a model to be like.
         higher_is_better: which way is an improvement.
         reads_tables: whether `tables`, what each row has under its key `table`, is to be set before rows are scored.
     """
 
     name: ClassVar[str]
-    needs: ClassVar[Literal["completions", "predictions", "losses"]] = "completions"
+    needs: ClassVar[Literal["completions", "predictions", "losses", "teacher"]] = "completions"
     higher_is_better: ClassVar[bool] = True
     reads_tables: ClassVar[bool] = False
     tables: Sequence[str] = ()

@@ -39,7 +39,8 @@ def open_rewards(entries: Iterable[Mapping[str, Any]], where: str = "objective.r
 def _open(entry: dict[str, Any], where: str) -> Reward:
     name = str(entry["kind"])
     if name.startswith("stage:"):
-        raise ConfigError(f"{name!r}: stages are not there yet", where=where, hint="name the folder of the reward run")
+        told = f"{name!r} is of a file with a list of stages, and this one has none"
+        raise ConfigError(told, where=where, hint="name the folder of the reward run")
     kind = REWARDS.load(name, where)
     try:
         reward: Reward = kind.model_validate(entry)

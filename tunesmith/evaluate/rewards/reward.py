@@ -35,6 +35,9 @@ class Reward(Section):
     def check(self) -> None:
         """Finds settings that cannot work, without a model. Raises ConfigError."""
 
+    def check_there(self) -> None:
+        """Finds that what earlier runs leave behind is not there. Raises ConfigError."""
+
     def __call__(self, prompt: Prompt, completion: str) -> float:
         """What a completion earns, before it is weighted. Raises DataError for a row that it cannot judge."""
         raise NotImplementedError

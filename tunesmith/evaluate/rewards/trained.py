@@ -37,7 +37,7 @@ class Trained(Reward):
         """The adapter and its head."""
         return tuple(str(path) for path in sorted(self.adapter.glob("*.safetensors")))
 
-    def check(self) -> None:
+    def check_there(self) -> None:
         """The run has an adapter whose head scores answers."""
         path = self.adapter / "adapter_config.json"
         if not path.is_file():
