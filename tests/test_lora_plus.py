@@ -48,7 +48,7 @@ def test_the_factor_that_starts_at_zero_takes_the_ratio(family: str) -> None:
     assert adapter.lr_factors == dict.fromkeys(fast, 4.0)
     assert {name.rpartition(".")[2] for name in fast if "embed" in name.split(".")} == {"A"}
     assert len(fast) == len(adapter.inserts())
-    assert _Tuned(adapter, Policy(loaded, adapter.route)).lr_factors == adapter.lr_factors
+    assert _Tuned(adapter, Policy(loaded, adapter.route), None, {}).lr_factors == adapter.lr_factors
     adapter.detach()
     assert LoRA(rank=2).attach(loaded).lr_factors == {}
 

@@ -105,7 +105,7 @@ def test_a_row_without_a_call_is_named() -> None:
         ({"kind": "regex", "pattern": "("}, "no regular expression"),
         ({"kind": "regex"}, "pattern"),
         ({"kind": "exact_answer", "befor": "x"}, "its keys are weight after"),
-        ({"kind": "stage:reward"}, "not there yet"),
+        ({"kind": "stage:reward"}, "this one has none"),
         ({"kind": "run", "run": "runs/reward"}, "no run with an adapter"),
         ({"kind": "python", "function": "nowhere.py:judge"}, "cannot be read"),
     ],
@@ -113,7 +113,8 @@ def test_a_row_without_a_call_is_named() -> None:
 def test_what_cannot_be_a_reward_is_refused_before_a_model_is_loaded(entry: dict[str, Any], told: str) -> None:
     """Kills: a mistake that is found in the first step."""
     with pytest.raises(ConfigError) as caught:
-        open_rewards([entry])
+        for reward in open_rewards([entry]):
+            reward.check_there()
     assert told in f"{caught.value} {caught.value.hint}"
 
 

@@ -102,7 +102,7 @@ def test_an_override_is_of_all_stages_or_of_the_one_it_names(folder: Path) -> No
         ("name", "sft", "the name 'sft' is there twice"),
         ("name", "train", "is the name of a section"),
         ("out", "x", "stage policy: out"),
-        ("layout", {"data": 2}, "stage policy: layout: grpo runs in one process"),
+        ("layout", {"data": 2}, "stage policy: layout: a list of stages runs in one process"),
     ],
 )
 def test_what_is_wrong_with_a_list_names_the_stage(folder: Path, place: str, value: Any, told: str) -> None:
