@@ -127,7 +127,9 @@ def test_factors_are_laid_out_once_while_nothing_changes_them(layout: str, monke
     x = torch.randn(TOKENS, INPUTS)
 
     def found() -> list[Tensor]:
-        return [maps(x, both).detach() for both in (held, other, held)]
+        made = [maps(x, both) for both in (held, other, held)]
+        leaf = held[0].changes[0].b
+        return [*(one.detach() for one in made), *torch.autograd.grad(sum(one.sum() for one in made), leaf)]
 
     apart = found()
     counted.clear()

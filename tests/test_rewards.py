@@ -113,9 +113,13 @@ def test_a_row_without_a_call_is_named() -> None:
 def test_what_cannot_be_a_reward_is_refused_before_a_model_is_loaded(entry: dict[str, Any], told: str) -> None:
     """Kills: a mistake that is found in the first step."""
     with pytest.raises(ConfigError) as caught:
-        for reward in open_rewards([entry]):
-            reward.check_there()
+        _checked(entry)
     assert told in f"{caught.value} {caught.value.hint}"
+
+
+def _checked(entry: dict[str, Any]) -> None:
+    for reward in open_rewards([entry]):
+        reward.check_there()
 
 
 def test_a_function_that_is_not_in_its_file_is_named(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class Again:
 @contextmanager
 def unchanging() -> Iterator[None]:
     """Within, no factor that trains changes, so that each is cast and laid out once, whatever the number of passes."""
-    with holding(_laid, {}):
+    with holding(_laid, _LaidOut()):
         yield
 
 
@@ -163,24 +164,49 @@ def _of_factors(layout: _Layout, dys: Sequence[Tensor], thin: Tensor, narrow: Te
 
 
 _Laid = tuple[Tensor, list[Tensor]]
-# what was laid out, with the factors of which: an id says which tensor only as long as that is there
-_laid: ContextVar[dict[tuple[Any, ...], tuple[_Laid, Sequence[Tensor]]] | None] = ContextVar("laid out", default=None)
+_ROOM = 2**20  # numbers
+
+
+class _LaidOut:
+    """Factors that are laid out, in few large pieces of memory: many small ones would lie between the activations of
+    one pass, and the larger ones of the next would not fit between them."""
+
+    def __init__(self) -> None:
+        # with the factors of each: an id says which tensor only as long as that is there
+        self.found: dict[tuple[Any, ...], tuple[_Laid, Sequence[Tensor]]] = {}
+        self.room = torch.empty(0)
+
+    def take(self, like: Tensor, rows: int, columns: int) -> Tensor:
+        """Zeros, [rows, columns]."""
+        count = rows * columns
+        if self.room.dtype != like.dtype or len(self.room) < count:
+            self.room = like.new_empty(max(count, _ROOM))
+        # not a view for autograd: what is written into the rest of the piece does not change this
+        taken, self.room = self.room[:count].data, self.room[count:]
+        return taken.zero_().view(rows, columns)
+
+
+_laid: ContextVar[_LaidOut | None] = ContextVar("laid out", default=None)
 
 
 def _laid_out(layout: _Layout, factors: Sequence[Tensor], x: Tensor) -> _Laid:
     """All A, one below the other, and s B of each map as `_ups` has it, in the dtype of x."""
     known = _laid.get()
     if known is None or not all(isinstance(factor, torch.nn.Parameter) for factor in factors):
-        return torch.cat([a.to(x.dtype) for a in factors[::2]]), _ups(layout, factors[1::2], x)
+        return torch.cat([a.to(x.dtype) for a in factors[::2]]), _ups(layout, factors[1::2], x.new_zeros)
     key = (x.dtype, layout.outputs, layout.changes, *map(id, factors))
-    if key not in known:
-        known[key] = (torch.cat([a.to(x.dtype) for a in factors[::2]]), _ups(layout, factors[1::2], x)), factors
-    return known[key][0]
+    if key not in known.found:
+        take = partial(known.take, x)
+        down = take(sum(layout.ranks), factors[0].shape[1])
+        for part, a in zip(down.split(layout.ranks), factors[::2], strict=True):
+            part.copy_(a)
+        known.found[key] = (down, _ups(layout, factors[1::2], take)), factors
+    return known.found[key][0]
 
 
-def _ups(layout: _Layout, factors: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+def _ups(layout: _Layout, factors: Sequence[Tensor], zeros: Callable[[int, int], Tensor]) -> list[Tensor]:
     """s B of each map, its changes side by side and zeros for those of other maps: [outputs, all ranks]."""
-    found, start = x.new_zeros(sum(layout.outputs), sum(layout.ranks)).split(layout.outputs), 0
+    found, start = zeros(sum(layout.outputs), sum(layout.ranks)).split(layout.outputs), 0
     for (index, rank, scale), b in zip(layout.changes, factors, strict=True):
         torch.mul(b, scale, out=found[index][:, start : start + rank])
         start += rank

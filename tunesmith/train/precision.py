@@ -80,15 +80,19 @@ class Precision:
             self.masters[name] = self._master(name, start, rooms.get(name)) if name in own else parameter
 
     def make_room(self) -> None:
-        """Takes memory for all gradients at once, before the first of several passes whose gradients are summed.
+        """Takes memory for all gradients in one piece, before the first of several passes whose gradients are summed.
 
         Taken one by one in that pass, it would lie between tensors that are freed then, and the larger ones of the next
         pass would not fit between them.
         """
-        for name, parameter in self.parameters.items():
-            if parameter.requires_grad:
-                self._rooms[self.masters[name]] = torch.empty_like(self.masters[name])
-                self._move_when_there(name, self.masters[name])
+        masters = {name: self.masters[name] for name, held in self.parameters.items() if held.requires_grad}
+        for kind in {(master.dtype, master.device) for master in masters.values()}:
+            alike = {name: master for name, master in masters.items() if (master.dtype, master.device) == kind}
+            sizes = [master.numel() for master in alike.values()]
+            parts = torch.empty(sum(sizes), dtype=kind[0], device=kind[1]).split(sizes)
+            for (name, master), part in zip(alike.items(), parts, strict=True):
+                self._rooms[master] = part.view(master.shape)
+                self._move_when_there(name, master)
 
     def _move_when_there(self, name: str, master: nn.Parameter) -> None:
         if name not in self._moved:
