@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -49,11 +49,55 @@ class Again:
     kept: tuple[Tensor, ...]
 
 
-@contextmanager
-def unchanging() -> Iterator[None]:
-    """Within, no factor that trains changes, so that each is cast and laid out once, whatever the number of passes."""
-    with holding(_laid, _LaidOut()):
-        yield
+class LaidOut:
+    """Factors that train, cast and laid out once for all passes within `unchanging`.
+
+    What the last span had is laid out ahead of the first pass, in few large pieces of memory: made one by one in that
+    pass, they would lie between its activations, and the larger ones of the next would not fit between them.
+    """
+
+    def __init__(self) -> None:
+        # with the factors of each: an id says which tensor only as long as that is there
+        self._known: dict[tuple[Any, ...], tuple[_Layout, Sequence[Tensor], Tensor]] = {}
+        self._made: dict[tuple[Any, ...], _Laid] = {}
+        self._room = torch.empty(0)
+
+    @contextmanager
+    def unchanging(self) -> Iterator[None]:
+        """Within, no factor changes."""
+        for key, known in self._known.items():
+            self._made[key] = self._make(*known)
+        self._known = {}
+        try:
+            with holding(_laid, self):
+                yield
+        finally:
+            self._made, self._room = {}, torch.empty(0)
+
+    def of(self, layout: _Layout, factors: Sequence[Tensor], x: Tensor) -> _Laid:
+        """As `_laid_out` answers."""
+        key = (x.dtype, layout.outputs, layout.changes, *map(id, factors))
+        if key not in self._known:
+            self._known[key] = layout, factors, x.new_empty(0)
+        if key not in self._made:
+            self._made[key] = self._make(layout, factors, x)
+        return self._made[key]
+
+    def _make(self, layout: _Layout, factors: Sequence[Tensor], like: Tensor) -> _Laid:
+        take = partial(self._take, like)
+        down = take(sum(layout.ranks), factors[0].shape[1])
+        for part, a in zip(down.split(layout.ranks), factors[::2], strict=True):
+            part.copy_(a.detach())
+        return down, _ups(layout, [b.detach() for b in factors[1::2]], take)
+
+    def _take(self, like: Tensor, rows: int, columns: int) -> Tensor:
+        """Zeros, [rows, columns]."""
+        count = rows * columns
+        if self._room.dtype != like.dtype or self._room.device != like.device or len(self._room) < count:
+            self._room = like.new_empty(max(count, _ROOM))
+        # not a view for autograd: what is written into the rest of the piece does not change this
+        taken, self._room = self._room[:count].data, self._room[count:]
+        return taken.zero_().view(rows, columns)
 
 
 def maps(x: Tensor, held: Sequence[Map], again: Again | None = None) -> Tensor:
@@ -165,43 +209,15 @@ def _of_factors(layout: _Layout, dys: Sequence[Tensor], thin: Tensor, narrow: Te
 
 _Laid = tuple[Tensor, list[Tensor]]
 _ROOM = 2**20  # numbers
-
-
-class _LaidOut:
-    """Factors that are laid out, in few large pieces of memory: many small ones would lie between the activations of
-    one pass, and the larger ones of the next would not fit between them."""
-
-    def __init__(self) -> None:
-        # with the factors of each: an id says which tensor only as long as that is there
-        self.found: dict[tuple[Any, ...], tuple[_Laid, Sequence[Tensor]]] = {}
-        self.room = torch.empty(0)
-
-    def take(self, like: Tensor, rows: int, columns: int) -> Tensor:
-        """Zeros, [rows, columns]."""
-        count = rows * columns
-        if self.room.dtype != like.dtype or len(self.room) < count:
-            self.room = like.new_empty(max(count, _ROOM))
-        # not a view for autograd: what is written into the rest of the piece does not change this
-        taken, self.room = self.room[:count].data, self.room[count:]
-        return taken.zero_().view(rows, columns)
-
-
-_laid: ContextVar[_LaidOut | None] = ContextVar("laid out", default=None)
+_laid: ContextVar[LaidOut | None] = ContextVar("laid out", default=None)
 
 
 def _laid_out(layout: _Layout, factors: Sequence[Tensor], x: Tensor) -> _Laid:
     """All A, one below the other, and s B of each map as `_ups` has it, in the dtype of x."""
-    known = _laid.get()
-    if known is None or not all(isinstance(factor, torch.nn.Parameter) for factor in factors):
-        return torch.cat([a.to(x.dtype) for a in factors[::2]]), _ups(layout, factors[1::2], x.new_zeros)
-    key = (x.dtype, layout.outputs, layout.changes, *map(id, factors))
-    if key not in known.found:
-        take = partial(known.take, x)
-        down = take(sum(layout.ranks), factors[0].shape[1])
-        for part, a in zip(down.split(layout.ranks), factors[::2], strict=True):
-            part.copy_(a)
-        known.found[key] = (down, _ups(layout, factors[1::2], take)), factors
-    return known.found[key][0]
+    held = _laid.get()
+    if held is not None and all(isinstance(factor, torch.nn.Parameter) for factor in factors):
+        return held.of(replace(layout, make=None), factors, x)
+    return torch.cat([a.to(x.dtype) for a in factors[::2]]), _ups(layout, factors[1::2], x.new_zeros)
 
 
 def _ups(layout: _Layout, factors: Sequence[Tensor], zeros: Callable[[int, int], Tensor]) -> list[Tensor]:

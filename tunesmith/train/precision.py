@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from tunesmith.kernels.lowrank import LaidOut
 from tunesmith.train.probe import is_bf16_faster
 from tunesmith.train.scaling import LossScale
 from tunesmith.train.scratch import let_go
@@ -49,6 +50,7 @@ class Precision:
     Attributes:
         parameters: what the model computes with, by name.
         masters: what the optimizer updates, by the same names: the parameter itself or its fp32 copy.
+        laid: low-rank factors as the passes of a step want them.
         scaling: the factor of the loss; None where nothing is computed in fp16.
     """
 
@@ -64,6 +66,7 @@ class Precision:
         self.masters: dict[str, nn.Parameter] = {}
         self._rooms: dict[nn.Parameter, Tensor] = {}  # for gradients that have not come yet
         self._moved: set[str] = set()
+        self.laid = LaidOut()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         low = [name for name, parameter in self.parameters.items() if parameter.dtype.itemsize < 4]
         if low and not section.master:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from tunesmith.core.errors import DataError, DivergedError, ModelError
-from tunesmith.kernels.lowrank import unchanging
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -64,7 +63,7 @@ def accumulate(
     seen: list[Mapping[str, Tensor]] = []
     if len(taught) > 1 and layout.world.size == 1:
         precision.make_room()
-    with unchanging():
+    with precision.laid.unchanging():
         if layout.passes is None:
             totals = _one_by_one(objective, policy, taught, weight, precision, layout, reseed, spare, forward, seen)
         else:
