@@ -61,9 +61,11 @@ def accumulate(
         )
     taught = [(micro, batch) for micro, batch in enumerate(batches) if weights[micro]]
     seen: list[Mapping[str, Tensor]] = []
-    if len(taught) > 1 and layout.world.size == 1:
+    alone = layout.world.size == 1
+    if alone and len(taught) > 1:
         precision.make_room()
-    with precision.laid.unchanging():
+    # a parameter that processes share has no memory between its passes
+    with precision.laid.unchanging() if alone else nullcontext():
         if layout.passes is None:
             totals = _one_by_one(objective, policy, taught, weight, precision, layout, reseed, spare, forward, seen)
         else:
