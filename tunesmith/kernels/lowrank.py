@@ -52,8 +52,8 @@ class Again:
 class LaidOut:
     """Factors that train, cast and laid out once for all passes within `unchanging`.
 
-    What the last span had is laid out ahead of the first pass, in few large pieces of memory: made one by one in that
-    pass, they would lie between its activations, and the larger ones of the next would not fit between them.
+    What the last span had is laid out ahead of the first pass, in one piece of memory: made one by one in that pass,
+    they would lie between its activations, and the larger ones of the next would not fit between them.
     """
 
     def __init__(self) -> None:
@@ -65,8 +65,12 @@ class LaidOut:
     @contextmanager
     def unchanging(self) -> Iterator[None]:
         """Within, no factor changes."""
-        for key, known in self._known.items():
-            self._made[key] = self._make(*known)
+        sizes = {key: layout.numbers(factors) for key, (layout, factors, _) in self._known.items()}
+        for dtype in {like.dtype for _, _, like in self._known.values()}:
+            alike = {key: known for key, known in self._known.items() if known[2].dtype == dtype}
+            like = next(iter(alike.values()))[2]
+            self._room = like.new_empty(sum(sizes[key] for key in alike))
+            self._made |= {key: self._make(*known) for key, known in alike.items()}
         self._known = {}
         try:
             with holding(_laid, self):
@@ -93,8 +97,8 @@ class LaidOut:
     def _take(self, like: Tensor, rows: int, columns: int) -> Tensor:
         """Zeros, [rows, columns]."""
         count = rows * columns
-        if self._room.dtype != like.dtype or self._room.device != like.device or len(self._room) < count:
-            self._room = like.new_empty(max(count, _ROOM))
+        if self._room.dtype != like.dtype or len(self._room) < count:
+            return like.new_zeros(rows, columns)
         # not a view for autograd: what is written into the rest of the piece does not change this
         taken, self._room = self._room[:count].data, self._room[count:]
         return taken.zero_().view(rows, columns)
@@ -149,6 +153,10 @@ class _Layout:
     @property
     def ranks(self) -> list[int]:
         return [rank for _, rank, _ in self.changes]
+
+    def numbers(self, factors: Sequence[Tensor]) -> int:
+        """How many there are in what `_laid_out` answers."""
+        return sum(self.ranks) * (factors[0].shape[1] + sum(self.outputs))
 
 
 class _Maps(torch.autograd.Function):
@@ -208,7 +216,6 @@ def _of_factors(layout: _Layout, dys: Sequence[Tensor], thin: Tensor, narrow: Te
 
 
 _Laid = tuple[Tensor, list[Tensor]]
-_ROOM = 2**20  # numbers
 _laid: ContextVar[LaidOut | None] = ContextVar("laid out", default=None)
 
 
