@@ -18,8 +18,10 @@ from tunesmith.run import run
 from tunesmith.run.kept_teaching import KeptTeaching
 from tunesmith.run.opening import open_model
 from tunesmith.run.own_answers import OwnAnswers
+from tunesmith.run.placing import pieces_of_run
 from tunesmith.run.planning import plan_run
 from tunesmith.run.prepare import prepare
+from tunesmith.run.sizing import largest_model
 from tunesmith.run.teaching import Teaching
 from tunesmith.train import trainer
 
@@ -212,7 +214,7 @@ def test_the_student_answers_its_share_of_the_rows_and_learns_what_it_wrote(fold
     ("changes", "told"),
     [
         ({"teacher": "words"}, "another vocabulary"),
-        ({"teacher": "nowhere"}, "nowhere"),
+        ({"teacher": "nowhere"}, "objective.teacher: there is no model"),
         ({"beta": 0.3}, "beta has no effect with divergence forward"),
         ({"top_k": 4, "on_policy": 0.5}, "on_policy makes new ones"),
         ({"max_new_tokens": 9}, "the student writes nothing"),
@@ -228,6 +230,13 @@ def test_a_teacher_or_setting_that_cannot_be_is_refused(
         tiny_folder(folder / "words", tokenizer={"vocab_size": 320})
     with pytest.raises(Exception, match=told):
         prepare(distil(folder, "refused", **changes))
+
+
+def test_what_is_planned_from_a_config_alone_has_no_teacher(folder: Path) -> None:
+    """Kills: a cluster that is told to hold the student only."""
+    for plan in (lambda config: largest_model(config, 10**9), pieces_of_run):
+        with pytest.raises(ConfigError, match="a teacher is not placed"):
+            plan(distil(folder, "refused"))
 
 
 @pytest.mark.slow

@@ -79,6 +79,13 @@ def work_of(config: Config) -> Work:
     return Work(max(1, tokens // length), min(length, tokens))
 
 
+def check_placed(config: Config) -> None:
+    """Raises ConfigError for what a config alone does not tell the size of."""
+    if config.objective.kind == "distill":
+        hint = "`tunesmith plan` of this file counts it, on one process"
+        raise ConfigError("a teacher is not placed", where="objective", hint=hint)
+
+
 def pieces_of_run(config: Config, dtype: Dtype = "bf16") -> Pieces:
     """The model with its method attached, counted part by part; its weights in this dtype."""
     from tunesmith.models.load import meta
@@ -87,6 +94,7 @@ def pieces_of_run(config: Config, dtype: Dtype = "bf16") -> Pieces:
     from tunesmith.plan.pieces import pieces_of
     from tunesmith.plan.shape import read_shape
 
+    check_placed(config)
     folder = resolve(config.model)
     settings = read_json(folder / "config.json", ModelError)
     experts = next((key for key in _EXPERTS if settings.get(key)), None)

@@ -20,7 +20,7 @@ from tunesmith.core.problem import CLASSES, Problem
 from tunesmith.models.source import resolve
 from tunesmith.plan.published import PUBLISHED, Rung, rungs, scaled
 from tunesmith.run.opening import find
-from tunesmith.run.placing import work_of
+from tunesmith.run.placing import check_placed, work_of
 
 if TYPE_CHECKING:
     from tunesmith.plan.plan import Plan
@@ -78,6 +78,7 @@ def largest_model(config: Config, room: int) -> LargestModel:
     if config.layout.processes > 1:
         told = "the largest model is looked for in one process"
         raise ConfigError(told, where="layout", hint="leave it out; plan --cluster places one model in every way")
+    check_placed(config)
     folder = resolve(find(config.model).model)
     settings = read_json(folder / "config.json", ModelError)
     config.objective.check(settings)

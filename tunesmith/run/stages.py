@@ -57,7 +57,8 @@ class Stages:
         """The one run of a file without a list. Raises ConfigError where it has one."""
         if self.is_list:
             names = " ".join(stage.name for stage in self.stages)
-            raise ConfigError(f"is of one run, and the file has the stages {names}", where=self.file)
+            hint = "leave the option out, or give the stage a file of its own"
+            raise ConfigError(f"this is for one run, and the file has the stages {names}", where=self.file, hint=hint)
         return self.stages[0].config
 
     def ahead(self, stage: Stage) -> dict[str, Config]:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith.core.errors import ConfigError
+from tunesmith.core.errors import ConfigError, ModelError
 from tunesmith.core.files import sha256_file
 from tunesmith.models.folder import fingerprint
 from tunesmith.objectives.distill import Distill
-from tunesmith.run.opening import Named, look
+from tunesmith.run.opening import Named, Seen, look
 from tunesmith.run.starting import root_of
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def find_teacher(config: Config, folder: Path, codec: Codec, ahead: Mapping[str,
     objective = config.objective
     if not isinstance(objective, Distill):
         return None
-    seen = look(root_of(objective.teacher, ahead))
+    seen = _looked_at(root_of(objective.teacher, ahead))
     promised = ahead.get(objective.teacher)
     if seen.problem is not None or (promised is not None and promised.objective.predicts):
         raise ConfigError(f"{objective.teacher} predicts labels or scores; it writes no text", where=WHERE)
@@ -70,6 +70,15 @@ def find_teacher(config: Config, folder: Path, codec: Codec, ahead: Mapping[str,
     whole = promised is not None and promised.method.trains_all
     beside = seen.folder == folder and not config.method.trains_all and not whole
     return Teacher(seen.named if promised is None else replace(seen.named, adapter=None), seen.folder, beside)
+
+
+def _looked_at(name: str) -> Seen:
+    try:
+        return look(name)
+    except ModelError as error:
+        if error.where != "model":
+            raise
+        raise ModelError(error.message, where=WHERE, hint=error.hint) from error
 
 
 def _check_vocabulary(name: str, there: Mapping[str, int], here: Mapping[str, int]) -> None:
